@@ -1,0 +1,1 @@
+"""Calibrated maxima: the ledger, how it settles into scales, and the reference's files."""

@@ -1,0 +1,1 @@
+"""Bytes of checkpoints: headers, releases, shards. No arithmetic on values."""

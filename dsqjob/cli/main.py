@@ -1,0 +1,231 @@
+"""The command line. Exit codes are those of ``dsqjob.errors``; what is slow to import is imported by its command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dsqjob import __version__
+from dsqjob.errors import BugError, DsqjobError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from dsqjob.job.schema import Job
+
+F = TypeVar("F", bound=Callable[..., Any])
+_STAGES = ("convert", "export", "finalize", "verify")
+_SERVERS = ("vllm", "sglang", "trtllm")
+
+
+def _overrides(command: F) -> F:
+    """Options that change the job for one command."""
+    for option in (
+        click.option("--set", "sets", multiple=True, metavar="K=V", help="Override a setting, e.g. export.weights=cast."),
+        click.option("--nodes", type=click.IntRange(1), help="Nodes; GPUs per node = model_parallel / nodes."),
+        click.option("--mp", type=click.IntRange(1), help="Model-parallel degree."),
+        click.option("--on", "launcher", help="Launcher: local."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsqjob")
+def cli() -> None:
+    """DeepSeek releases become NVFP4 checkpoints: resumable at any instant, verified bit by bit.
+
+    JOB is a job file, or the name of one that ships with dsqjob (deepseek-v4-pro, miniature-v4).
+    """
+
+
+@cli.command()
+@click.argument("job")
+@_overrides
+def plan(job: str, **overrides: Any) -> None:
+    """What would be done: sizes, disk, refusals. Reads headers only and writes nothing."""
+    from dsqjob.cli.view import print_plan
+    from dsqjob.stages.inputs import Inputs
+
+    print_plan(Inputs(_load(job, **overrides)[0]))
+
+
+@cli.command()
+@click.argument("job")
+@click.option("--stage", type=click.Choice(_STAGES), help="This stage only, or the first one with --through.")
+@click.option("--through", type=click.Choice(_STAGES), help="The last stage.")
+@click.option("--restart", is_flag=True, help="Remove what the selected stages made, and begin again.")
+@_overrides
+def run(job: str, stage: str | None, through: str | None, restart: bool, **overrides: Any) -> None:
+    """Run the stages that are not done yet; the same command resumes."""
+    from dsqjob.cli.view import run_pipeline
+
+    loaded, sets = _load(job, **overrides)
+    run_pipeline(loaded, job, sets, stage=stage, through=through, restart_first=restart)
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(_STAGES))
+@click.argument("job")
+@click.option("--worker", "index", type=click.IntRange(0), required=True, help="This worker's number, from 0.")
+@click.option("--workers", "count", type=click.IntRange(1), required=True, help="How many workers there are.")
+@click.option("--run", "run_id", default="", help="Marks the events of one launch.")
+@click.option("--die-with-parent", is_flag=True, help="Stop when the starting process is gone (Linux).")
+@_overrides
+def worker(
+    stage: str, job: str, index: int, count: int, run_id: str, die_with_parent: bool, **overrides: Any
+) -> None:
+    """One worker of a data-parallel stage: what launchers start, on any number of machines."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from dsqjob import worker as work
+
+    if die_with_parent:
+        work.die_with_parent()
+    if (cache := work.private_cache()) is not None:
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
+    if index >= count:
+        raise UsageError("worker-number", f"worker {index} of {count} does not exist", way_out="count from 0")
+    work.run_worker(stage, index, count, _load(job, **overrides)[0], run=run_id)
+
+
+@cli.command()
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--set", "sets", multiple=True, metavar="K=V", hidden=True)
+def status(job: str, as_json: bool, sets: tuple[str, ...]) -> None:
+    """Where the job stands, from its event log alone."""
+    from dsqjob.cli.status import print_status
+    from dsqjob.job.load import workspace_of
+
+    print_status(workspace_of(job, sets=sets, environment=os.environ), as_json)
+
+
+@cli.command()
+@click.argument("target", metavar="JOB|CHECKPOINT")
+@click.option("--for", "server", type=click.Choice(_SERVERS), help="Judge the conditions of this server only.")
+@click.option("--tensor-parallel", type=click.IntRange(1), help="The server's tensor-parallel size (condition E2).")
+@_overrides
+def verify(target: str, server: str | None, tensor_parallel: int | None, **overrides: Any) -> None:
+    """Recompute everything and report; exits 65 where anything is wrong.
+
+    With a job: against release and amax. With a checkpoint folder: what its own papers allow.
+    """
+    from dsqjob.cli.view import verify_folder, verify_job
+
+    if Path(target).is_dir():
+        verify_folder(Path(target), server, tensor_parallel)
+    else:
+        loaded, sets = _load(target, **overrides)
+        verify_job(loaded, target, sets, server, tensor_parallel)
+
+
+@cli.command()
+@click.argument("job")
+@_overrides
+def clean(job: str, **overrides: Any) -> None:
+    """Remove what dead workers left: partials and claims. Finished files stay."""
+    from dsqjob.cli.view import clean_workspace
+    from dsqjob.stages.inputs import Inputs
+
+    clean_workspace(Inputs(_load(job, **overrides)[0]))
+
+
+@cli.command()
+@click.argument("family")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, default=1, show_default=True, help="The same seed, the same bytes.")
+def miniature(family: str, folder: Path, seed: int) -> None:
+    """Write a complete release, scaled down to a few MB."""
+    from dsqjob.miniature import write
+
+    write(family, folder, seed=seed)
+    click.echo(f"miniature {family} release (seed {seed}): {folder}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON Schema.")
+def schema(as_json: bool) -> None:
+    """The job file's manual."""
+    import json
+
+    from dsqjob.job.manual import manual
+    from dsqjob.job.schema import Job
+
+    click.echo(json.dumps(Job.model_json_schema(), indent=2) if as_json else manual())
+
+
+def _load(
+    job: str, sets: tuple[str, ...] = (), nodes: int | None = None, mp: int | None = None, launcher: str | None = None
+) -> tuple[Job, tuple[str, ...]]:
+    """The job with every override, and the overrides as ``K=V`` for workers."""
+    from dsqjob.families import FAMILIES
+    from dsqjob.job.load import load
+    from dsqjob.launchers import LAUNCHERS
+
+    def read(extra: tuple[str, ...]) -> Job:
+        return load(
+            job, sets=extra, environment=os.environ, families=tuple(FAMILIES), launchers=tuple(LAUNCHERS)
+        )
+
+    if launcher is not None:
+        sets = (*sets, f"launcher.kind={launcher}")
+    if mp is not None:
+        sets = (*sets, f"parallel.model_parallel={mp}", "parallel.nodes=1", f"parallel.gpus_per_node={mp}")
+    if nodes is not None:
+        degree = read(sets).parallel.model_parallel
+        if degree % nodes:
+            raise UsageError(
+                "nodes-divide",
+                f"{nodes} nodes do not divide model_parallel {degree}",
+                where="--nodes",
+                way_out="choose a number of nodes that divides it, or another --mp",
+            )
+        sets = (*sets, f"parallel.nodes={nodes}", f"parallel.gpus_per_node={degree // nodes}")
+    return read(sets), sets
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one place where errors become words and exit codes."""
+    try:
+        cli(arguments, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(UsageError.exit_code)
+    except click.ClickException as error:
+        click.echo(f"[usage] {error.format_message()}", err=True)
+        sys.exit(UsageError.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("[interrupted] run the same command again: it resumes", err=True)
+        sys.exit(Interrupted.exit_code)
+    except DsqjobError as error:
+        click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        sys.exit(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> int:
+    """Storage faults in words; anything else is ours, with its traceback."""
+    import traceback
+
+    from dsqjob.engine.execute import storage_error
+
+    if isinstance(error, OSError):
+        if (storage := storage_error(error)) is not None:
+            click.echo(str(storage), err=True)
+            return storage.exit_code
+        if isinstance(error, PermissionError):
+            click.echo(
+                f"[permission] {error.strerror}\n  where: {error.filename}\n  way out: check owner and mode of this path",
+                err=True,
+            )
+            return UsageError.exit_code
+    click.echo("".join(traceback.format_exception(error)), err=True)
+    click.echo(f"[bug] {type(error).__name__}: {error}\n  way out: report this, with the lines above", err=True)
+    return BugError.exit_code

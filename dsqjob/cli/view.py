@@ -1,0 +1,141 @@
+"""What people see of a plan, a run and a clean-up."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+import click
+
+from dsqjob.cli.status import duration, sizes
+from dsqjob.engine.events import read_events
+from dsqjob.engine.execute import StopRequest
+from dsqjob.engine.observe import observe
+from dsqjob.engine.stage import Stage, StageState
+from dsqjob.engine.workspace import free_bytes
+from dsqjob.job.schema import Job
+from dsqjob.pipeline import Command, StageResult, restart, run_stage, selected
+from dsqjob.stages import STAGES, build, pipeline
+from dsqjob.stages.inputs import Inputs
+from dsqjob.stages.provenance import lossless_line
+
+
+def print_plan(inputs: Inputs) -> None:
+    """Every stage of the job: units, bytes, why it grows, disk; refusals are raised."""
+    release, job = inputs.release, inputs.job
+    tensors = sum(len(header.tensors) for header in release.shards.values())
+    click.echo(f"job       {job.name} ({job.family})")
+    click.echo(f"release   {release.root}: {len(release.shards)} shards, {tensors} tensors, {sizes(release.total_bytes)}")
+    click.echo(f"workspace {job.workspace}")
+    experts = len(inputs.targets)
+    for name in pipeline(inputs):
+        stage = build(name, inputs)
+        state = StageState(inputs.workspace, stage)
+        begun = state.compare()
+        missing = state.missing() if begun else list(stage.units)
+        out = sum(unit.bytes_out for unit in stage.units)
+        click.echo(
+            f"\n{name}: {len(stage.units)} units, {len(stage.units) - len(missing)} done; "
+            f"reads {sizes(sum(unit.bytes_in for unit in missing))}, "
+            f"writes {sizes(sum(unit.bytes_out for unit in missing))}"
+        )
+        if not out:
+            continue
+        click.echo(f"  to {stage.folder} ({sizes(free_bytes(stage.folder))} free)")
+        state.check_disk()
+        if name == "export":
+            grown = sum(unit.bytes_out - unit.bytes_in for unit in stage.units)
+            click.echo(f"  {experts} expert projections become NVFP4 by {inputs.route}")
+            click.echo(f"  tensors take {out:,} bytes, {grown:+,}: a scale per 16 elements instead of one per 32")
+            click.echo(f"  input scales: {_input_scales(inputs)}")
+    click.echo("\nno GPU is needed for these stages")
+
+
+def _input_scales(inputs: Inputs) -> str:
+    if not inputs.calibrated:
+        return "1 everywhere (no calibration)"
+    settled = inputs.settled or {}
+    fallback = sum(value.fallback for value in settled.values())
+    return f"from {inputs.job.export.amax}, {fallback} of {len(settled)} projections by fallback"
+
+
+def run_pipeline(
+    job: Job, name: str, sets: tuple[str, ...], *, stage: str | None, through: str | None, restart_first: bool
+) -> None:
+    """Run the selected stages to their end and say what came of each."""
+    inputs = Inputs(job)
+    names = selected(inputs, stage, through)
+    if restart_first:
+        for path in restart(inputs, names):
+            click.echo(f"removed {path}")
+    stop = StopRequest()
+    with stop.listening():
+        for one in names:
+            begun = time.monotonic()
+            with Progress(one, inputs) as progress:
+                result = run_stage(inputs, one, Command(name, sets), stop=stop, watch=progress)
+            _report(result, time.monotonic() - begun, inputs)
+
+
+def _report(result: StageResult, seconds: float, inputs: Inputs) -> None:
+    stage, records = result.stage, result.records
+    written = sum(output.bytes for record in records for output in record.outputs)
+    if result.worked:
+        click.echo(f"{stage.name}: {len(records)} units, {sizes(written)} in {duration(seconds)}")
+    else:
+        click.echo(f"{stage.name}: already done, {len(records)} units, nothing to do")
+    if stage.name == "finalize" and inputs.route == "cast":
+        click.echo(lossless_line({name: records[0].counts[name] for name in ("blocks", "lossless")}))
+    if written:
+        click.echo(f"  {stage.folder}")
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """A bar on a terminal; silent elsewhere, where ``dsqjob status`` tells more."""
+
+    def __init__(self, stage: str, inputs: Inputs) -> None:
+        self._stage, self._events = stage, inputs.workspace.events
+        self._told = 0.0
+        self._show: Callable[[float, float], None] = lambda done, total: None
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            task = self._bar.add_task(stage, total=None)
+            bar = self._bar
+            self._show = lambda done, total: bar.update(task, completed=done, total=total)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: Stage) -> None:
+        if self._bar is None or time.monotonic() - self._told < 0.5:
+            return
+        self._told = time.monotonic()
+        seen = observe(read_events(self._events), time.time()).get(stage.name)
+        if seen is not None and seen.bytes:
+            self._show(seen.bytes_done, seen.bytes)
+
+
+def clean_workspace(inputs: Inputs) -> None:
+    """Sweep the partials and claims of dead workers, stage by stage."""
+    swept = 0
+    for name in STAGES:
+        if inputs.workspace.stage_file(name).exists():
+            for path in StageState(inputs.workspace, build(name, inputs)).sweep_all():
+                click.echo(f"removed {path}")
+                swept += 1
+    click.echo(f"{swept} leftovers removed; finished files stay" if swept else "nothing to clean")

@@ -1,0 +1,1 @@
+"""Resumable work: fingerprints, claims, atomic publishing, records, events. Knows no model."""

@@ -1,0 +1,181 @@
+"""The worker's loop: claim, do, publish, record; signals become 75, storage faults 74."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dsqjob.engine.claims import Claim, Claims
+from dsqjob.engine.events import EventLog
+from dsqjob.engine.stage import Context, Stage, StageState, Unit
+from dsqjob.errors import Interrupted, StorageError
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
+TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE}
+GRACE = 8.0
+"""Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
+for."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop. Install on the main thread."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            timer = threading.Timer(GRACE, os._exit, [Interrupted.exit_code])
+            timer.daemon = True
+            timer.start()
+
+    def check(self) -> None:
+        """Raises Interrupted once a signal came."""
+        if self.signal is not None:
+            raise Interrupted(
+                "interrupted", f"stopped by {self.signal.name}", way_out="run the same command again: it resumes"
+            )
+
+
+class _UnitContext(Context):
+    def __init__(self, claim: Claim, chunk_bytes: int, stop: StopRequest, log: EventLog, stage: str) -> None:
+        self.token = claim.token
+        self.chunk_bytes = chunk_bytes
+        self._stop, self._log, self._unit, self._stage = stop, log, claim.unit, stage
+        self._bytes, self._told = 0, time.monotonic()
+
+    def tick(self, nbytes: int) -> None:
+        self._stop.check()
+        self._bytes += nbytes
+        if time.monotonic() - self._told > 2:
+            self._told = time.monotonic()
+            self._log.write("progress", stage=self._stage, unit=self._unit, bytes=self._bytes)
+
+
+class Worker:
+    """Worker ``index`` of ``count``: begins with its own share of the units, then helps with what is left."""
+
+    def __init__(
+        self,
+        index: int,
+        count: int,
+        *,
+        chunk_bytes: int,
+        log: EventLog,
+        stop: StopRequest,
+        job: str = "",
+        poll_seconds: float = 1.0,
+        retry_seconds: float = 2.0,
+    ) -> None:
+        self.index, self.count = index, count
+        self._chunk_bytes, self._log, self._stop = chunk_bytes, log, stop
+        self._job, self._poll, self._retry = job, poll_seconds, retry_seconds
+
+    def work(self, state: StageState) -> None:
+        """Return when every unit of the stage has a record, whoever made it.
+
+        Units that other workers hold are waited for, since a holder may die and leave its unit to us.
+        """
+        stage = state.stage
+        state.begin()
+        claims = Claims(state.workspace.claims(stage.name), job=self._job)
+        self._log.write(
+            "stage",
+            stage=stage.name,
+            units=len(stage.units),
+            bytes=sum(unit.bytes_out for unit in stage.units),
+            fingerprint=stage.fingerprint.digest,
+        )
+        start = len(stage.units) * self.index // max(1, self.count)
+        pending = [*stage.units[start:], *stage.units[:start]]
+        while pending:
+            self._stop.check()
+            pending = [unit for unit in pending if not self._settled(unit, state, claims)]
+            if pending:
+                time.sleep(self._poll)
+        stage.settle()
+        self._log.write("stage-done", stage=stage.name)
+
+    def _settled(self, unit: Unit, state: StageState, claims: Claims) -> bool:
+        """Whether the unit has a record, after doing it if nobody else does."""
+        self._stop.check()
+        if state.record(unit) is not None:
+            return True
+        taken = claims.take(unit.id)
+        if taken is None:
+            return False
+        claim, dead = taken
+        try:
+            if state.record(unit) is None:
+                for token in dead:
+                    state.sweep(unit, token)
+                with claims.beating(claim):
+                    self._do(unit, state, claim)
+        except FileNotFoundError:
+            if not claims.lost(claim):
+                raise
+            self._log.write("claim-lost", stage=state.stage.name, unit=unit.id)
+            return False
+        finally:
+            claims.release(claim)
+        return True
+
+    def _do(self, unit: Unit, state: StageState, claim: Claim) -> None:
+        stage = state.stage
+        begun = time.monotonic()
+        self._log.write("unit", stage=stage.name, unit=unit.id, bytes=unit.bytes_out)
+        context = _UnitContext(claim, self._chunk_bytes, self._stop, self._log, stage.name)
+        for attempt in (1, 2, 3):
+            try:
+                done = stage.do(unit, context)
+                break
+            except OSError as error:
+                if error.errno not in TRANSIENT_ERRORS or attempt == 3:
+                    raise
+                self._log.write("retry", stage=stage.name, unit=unit.id, reason=str(error))
+                time.sleep(self._retry * attempt)
+        seconds = time.monotonic() - begun
+        state.write_record(
+            unit,
+            done,
+            worker=f"{self.index}/{self.count}",
+            host=socket.gethostname(),
+            seconds=seconds,
+            token=claim.token,
+        )
+        self._log.write(
+            "unit-done", stage=stage.name, unit=unit.id, bytes=unit.bytes_out, seconds=round(seconds, 3)
+        )
+
+
+def storage_error(error: OSError) -> StorageError | None:
+    """The error as the user meets it, where the storage is to blame."""
+    if error.errno not in STORAGE_ERRORS:
+        return None
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StorageError(
+        "storage-full" if full else "storage-fault",
+        f"the storage refused: {error.strerror}",
+        where=error.filename or "",
+        way_out=("free space" if full else "check the file system") + ", then run the same command again: it resumes",
+    )
+
+

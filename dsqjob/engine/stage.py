@@ -1,0 +1,245 @@
+"""A stage as data: units with a fingerprint, and what the workspace remembers of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsqjob.engine.claims import Claims
+from dsqjob.engine.fingerprint import Fingerprint
+from dsqjob.engine.publish import PARTIAL, create_exclusively, json_bytes, partial_path, publish_json, sync_folder
+from dsqjob.engine.workspace import OWNER, Workspace, free_bytes, read_state, unique_token
+from dsqjob.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest resumable piece: ``outputs`` are paths relative to the stage's folder."""
+
+    id: str
+    outputs: tuple[str, ...]
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A published file: path relative to the stage's folder, bytes, and SHA-256 where checksums are on."""
+
+    path: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished unit leaves."""
+
+    unit: str
+    fingerprint: str
+    outputs: tuple[Output, ...]
+    worker: str
+    host: str
+    seconds: float
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Record:
+        return Record(**{**value, "outputs": tuple(Output(**output) for output in value["outputs"])})
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a unit reports: files it published, and counts that the next stages and reports add up."""
+
+    outputs: tuple[Output, ...]
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Context(ABC):
+    """What the engine lends to a unit while it works."""
+
+    token: str
+    """Marks this claim's partials."""
+    chunk_bytes: int
+    """The largest piece to hold in memory at once."""
+
+    @abstractmethod
+    def tick(self, nbytes: int) -> None:
+        """Report ``nbytes`` of progress; raises Interrupted when asked to stop."""
+
+
+class Stage(ABC):
+    """Units that are done once each, in any order, by any number of workers."""
+
+    name: str
+    folder: Path
+    fingerprint: Fingerprint
+    units: Sequence[Unit]
+    owner: str | None = None
+    """Under which name the folder is owned; None for a stage that writes into the workspace only."""
+
+    @abstractmethod
+    def do(self, unit: Unit, context: Context) -> Done:
+        """Make the unit's outputs, publishing each under its final name, and say what was made."""
+
+    def owned_before(self) -> bool:
+        """Whether this workspace once finished ``folder``, although no owner file says so."""
+        return False
+
+    def settle(self) -> None:
+        """Called once all units have records; may be called again."""
+
+
+class StageState:
+    """A stage's memory in a workspace: fingerprint, records, claims."""
+
+    def __init__(self, workspace: Workspace, stage: Stage) -> None:
+        self.workspace = workspace
+        self.stage = stage
+        self._file = workspace.stage_file(stage.name)
+        self._digest = stage.fingerprint.digest
+
+    def compare(self) -> bool:
+        """Whether work with this fingerprint was begun before. UsageError ``fingerprint-changed`` where it was
+        begun with another one."""
+        if not self._file.exists():
+            return False
+        before = read_state(self._file)
+        if changed := self.stage.fingerprint.changes(before["parts"]):
+            raise UsageError(
+                "fingerprint-changed",
+                f"{self.stage.name} was begun with other inputs or settings; changed: {', '.join(changed)}",
+                where=self._file,
+                way_out="put them back to resume, or add --restart to remove this stage's output and begin again",
+            )
+        return True
+
+    def begin(self) -> None:
+        """Take the output folder and write down the fingerprint, unless that was done before."""
+        self.workspace.prepare()
+        for folder in (self.workspace.records(self.stage.name), self.workspace.claims(self.stage.name)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not self.compare():
+            data = json_bytes({"parts": dict(self.stage.fingerprint.parts)})
+            create_exclusively(self._file, data, unique_token())
+            self.compare()
+        if self.stage.owner is not None:
+            self.workspace.own(self.stage.folder, self.stage.owner, finished=self.stage.owned_before())
+
+    def record_path(self, unit: Unit) -> Path:
+        return self.workspace.records(self.stage.name) / f"{unit.id}.json"
+
+    def record(self, unit: Unit) -> Record | None:
+        """The unit's record if it was made by this fingerprint and its files are there in full."""
+        path = self.record_path(unit)
+        try:
+            record = Record.from_json(read_state(path))
+        except FileNotFoundError:
+            return None
+        except (TypeError, KeyError, AttributeError):
+            raise DataError(
+                "state-damaged", "a record has the wrong form", where=path, way_out="remove this file and run again"
+            ) from None
+        if record.fingerprint != self._digest:
+            return None
+        for output in record.outputs:
+            try:
+                if (self.stage.folder / output.path).stat().st_size != output.bytes:
+                    return None
+            except FileNotFoundError:
+                return None
+        return record
+
+    def write_record(self, unit: Unit, done: Done, *, worker: str, host: str, seconds: float, token: str) -> None:
+        record = Record(unit.id, self._digest, done.outputs, worker, host, round(seconds, 3), done.counts)
+        publish_json(self.record_path(unit), record.to_json(), token)
+
+    def missing(self) -> list[Unit]:
+        """Units without a valid record."""
+        return [unit for unit in self.stage.units if self.record(unit) is None]
+
+    def check_disk(self) -> None:
+        """UsageError ``disk-too-small`` where the missing units do not fit on the output's file system."""
+        need = sum(unit.bytes_out for unit in self.missing())
+        free = free_bytes(self.stage.folder)
+        if need > free:
+            raise UsageError(
+                "disk-too-small",
+                f"{self.stage.name} still writes {need:,} bytes, {free:,} are free",
+                where=self.stage.folder,
+                way_out="free space, or choose another folder",
+            )
+
+    def sweep(self, unit: Unit, token: str) -> None:
+        """Remove the partials that a dead claim left."""
+        paths = [self.stage.folder / output for output in unit.outputs] + [self.record_path(unit)]
+        for path in paths:
+            with suppress(FileNotFoundError):
+                partial_path(path, token).unlink()
+
+    def sweep_all(self) -> list[Path]:
+        """Remove every partial and claim whose holder is dead; what was removed."""
+        claims_folder = self.workspace.claims(self.stage.name)
+        if not claims_folder.is_dir():
+            return []
+        claims = Claims(claims_folder)
+        live = claims.live_tokens()
+        folders = {self.stage.folder / Path(output).parent for unit in self.stage.units for output in unit.outputs}
+        folders |= {claims_folder, self.workspace.records(self.stage.name)}
+        swept = []
+        for folder in sorted(folders):
+            for path in sorted(folder.glob(f"*{PARTIAL}*")) if folder.is_dir() else []:
+                if path.name.rpartition(PARTIAL)[2] not in live:
+                    path.unlink(missing_ok=True)
+                    swept.append(path)
+        for path in claims.dead():
+            path.unlink(missing_ok=True)
+            swept.append(path)
+        return swept
+
+    def restart(self) -> list[Path]:
+        """Forget the stage: remove the files that its records name, then its state. Nothing else is touched."""
+        if not self._file.exists():
+            return []
+        claims = Claims(self.workspace.claims(self.stage.name))
+        if claims.live_tokens():
+            raise UsageError(
+                "restart-while-running",
+                f"a worker is still working on {self.stage.name}",
+                where=self.workspace.claims(self.stage.name),
+                way_out="stop it first",
+            )
+        removed = self.sweep_all()
+        removed += self._remove_outputs()
+        for folder in (self.workspace.records(self.stage.name), self.workspace.claims(self.stage.name)):
+            for path in folder.iterdir() if folder.is_dir() else []:
+                path.unlink()
+        self._file.unlink()
+        return removed
+
+    def _remove_outputs(self) -> list[Path]:
+        """The outputs of all records, in the reverse order of publishing (a commit file goes first)."""
+        removed = []
+        for path in sorted(self.workspace.records(self.stage.name).glob("*.json")):
+            for output in reversed(Record.from_json(read_state(path)).outputs):
+                target = self.stage.folder / output.path
+                if target.is_file() and target.stat().st_size == output.bytes:
+                    target.unlink()
+                    removed.append(target)
+        for folder in sorted({path.parent for path in removed}, reverse=True):
+            while folder != self.stage.folder and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+                folder = folder.parent
+        if self.stage.owner is not None and self.stage.folder.is_dir():
+            with suppress(FileNotFoundError):
+                (self.stage.folder / OWNER).unlink()
+            sync_folder(self.stage.folder)
+        return removed

@@ -1,0 +1,66 @@
+"""The face of a family. Stages speak to it and never ask which one it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsqjob.amax.settle import Settled, Sharing
+from dsqjob.checkpoint.release import Release
+from dsqjob.dataplan.plan import FilePlan
+
+
+@dataclass(frozen=True)
+class Target:
+    """A projection to quantize: where it lies, and which projections must share its scales."""
+
+    sharing: Sharing
+    shard: str
+    out_features: int
+    in_features: int
+
+    @property
+    def path(self) -> str:
+        return self.sharing.path
+
+
+class Family(ABC):
+    """Everything that a stage needs to know about a family, as plans and tables."""
+
+    name: str
+
+    @abstractmethod
+    def check(self, release: Release) -> None:
+        """Refuse a release that is not of this family or cannot be quantized (DataError)."""
+
+    @abstractmethod
+    def check_model_parallel(self, release: Release, n: int) -> None:
+        """Refuse a model-parallel degree that does not divide (UsageError ``model-parallel-divide``)."""
+
+    @abstractmethod
+    def mp_file(self, release: Release, rank: int, n: int) -> FilePlan:
+        """The model-parallel checkpoint file of ``rank``."""
+
+    @abstractmethod
+    def mp_side_files(self, release: Release) -> Sequence[str]:
+        """Files that go along with a model-parallel checkpoint."""
+
+    @abstractmethod
+    def targets(self, release: Release) -> Sequence[Target]:
+        """All projections to quantize, in the order of their names' numbers."""
+
+    @abstractmethod
+    def routes(self, release: Release) -> Sequence[str]:
+        """The values of ``export.weights`` that the release's dtypes allow, the default first."""
+
+    @abstractmethod
+    def export_file(
+        self, release: Release, shard: str, route: str, amax: Mapping[str, Settled] | None
+    ) -> FilePlan:
+        """A shard of the NVFP4 checkpoint; without ``amax`` every input scale is 1."""
+
+    @abstractmethod
+    def config_files(self, release: Release, producer: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
+        """``config.json`` and the like, which are written anew."""

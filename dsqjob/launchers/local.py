@@ -1,0 +1,108 @@
+"""Workers as processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dsqjob.engine.execute import StopRequest
+from dsqjob.errors import EXIT_CODES, Interrupted, PeerError
+
+_SEVERITY = (65, 64, 74, 70, 75, 69, 0)
+_KILL_AFTER = 10.0
+_TICK = 0.1
+
+
+class WorkerProcess:
+    """One worker and where its standard error goes."""
+
+    def __init__(self, argv: Sequence[str], log: Path) -> None:
+        self.argv, self.log = list(argv), log
+        self.start()
+
+    def start(self) -> None:
+        """Start (again), appending to the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as stream:
+            self._begin = stream.tell()
+            self.process = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            )
+
+    def said(self) -> str:
+        """What this start of the worker wrote."""
+        with self.log.open("rb") as stream:
+            stream.seek(self._begin)
+            return stream.read().decode(errors="replace").strip()
+
+
+def run_workers(
+    commands: Sequence[Sequence[str]],
+    log_names: Sequence[Path],
+    *,
+    max_faults: int,
+    stop: StopRequest,
+    watch: Callable[[], None],
+) -> tuple[int, str]:
+    """Run one process a command until all are done; (exit code, what the worker that decided it said).
+
+    A worker that dies without a code of ours, or with 69, is started again, ``max_faults`` times in all. Any other
+    code but 0 stops the rest. A signal to this process is passed on; 10 s later what is left is killed.
+    """
+    workers = [WorkerProcess(argv, log) for argv, log in zip(commands, log_names, strict=True)]
+    try:
+        return _wait(workers, max_faults, stop, watch)
+    finally:
+        _stop_all(workers, signal.SIGKILL, 0)
+
+
+def _wait(
+    workers: list[WorkerProcess], max_faults: int, stop: StopRequest, watch: Callable[[], None]
+) -> tuple[int, str]:
+    running, codes, faults = list(workers), {0: ""}, 0
+    while running:
+        time.sleep(_TICK)
+        watch()
+        if stop.signal is not None:
+            _stop_all(running, stop.signal, _KILL_AFTER)
+            return Interrupted.exit_code, f"stopped by {stop.signal.name}; the same command resumes"
+        for worker in list(running):
+            code = worker.process.poll()
+            if code is None:
+                continue
+            running.remove(worker)
+            code, reason = _understood(worker, code)
+            if code == PeerError.exit_code and faults < max_faults:
+                faults += 1
+                worker.start()
+                running.append(worker)
+            elif code:
+                codes.setdefault(code, reason)
+                _stop_all(running, signal.SIGTERM, _KILL_AFTER)
+    worst = min(codes, key=_SEVERITY.index)
+    return worst, codes[worst]
+
+
+def _understood(worker: WorkerProcess, code: int) -> tuple[int, str]:
+    """Our exit codes as they are; a death by signal or any other code is a peer's fault."""
+    if code in EXIT_CODES:
+        return code, worker.said()
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+    return PeerError.exit_code, f"worker {worker.process.pid} {how} (log: {worker.log})\n{worker.said()}".strip()
+
+
+def _stop_all(workers: Sequence[WorkerProcess], number: int, wait: float) -> None:
+    deadline = time.monotonic() + wait
+    for worker in workers:
+        if worker.process.poll() is None:
+            os.kill(worker.process.pid, number)
+    for worker in workers:
+        try:
+            worker.process.wait(max(0.01, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()

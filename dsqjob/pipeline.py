@@ -1,0 +1,110 @@
+"""The order of stages: what is done, what to launch, what came of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from dsqjob.engine.claims import whoami
+from dsqjob.engine.events import EventLog
+from dsqjob.engine.execute import StopRequest
+from dsqjob.engine.stage import Record, Stage, StageState
+from dsqjob.engine.workspace import unique_token
+from dsqjob.errors import EXIT_CODES, BugError, DsqjobError
+from dsqjob.launchers import LAUNCHERS
+from dsqjob.stages import STAGES, build, pipeline
+from dsqjob.stages.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a worker of this job is started: everything after ``dsqjob worker STAGE --worker I --workers N``."""
+
+    job: str
+    sets: tuple[str, ...] = ()
+
+    def worker(self, stage: str, index: int, count: int, run: str) -> list[str]:
+        argv = [sys.executable, "-m", "dsqjob", "worker", stage, "--worker", str(index), "--workers", str(count)]
+        argv += ["--run", run, "--die-with-parent"]
+        for item in self.sets:
+            argv += ["--set", item]
+        return [*argv, self.job]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage: its records in the order of its units, and whether anything had to be done."""
+
+    stage: Stage
+    records: tuple[Record, ...]
+    worked: bool
+
+
+class WorkersFailed(DsqjobError):
+    """Workers already said what is wrong; their exit code is passed on."""
+
+    def __init__(self, code: int, said: str, log: Path) -> None:
+        super().__init__("workers-failed", said or EXIT_CODES[code], where=log)
+        self.exit_code = code
+
+    def __str__(self) -> str:
+        return self.what
+
+
+def selected(inputs: Inputs, stage: str | None, through: str | None) -> tuple[str, ...]:
+    """The stages that ``--stage`` and ``--through`` ask for."""
+    if stage is not None and through is None:
+        return (stage,)
+    order = pipeline(inputs) if stage is None else STAGES[STAGES.index(stage) :]
+    last = STAGES.index(through) if through is not None else len(STAGES)
+    return tuple(name for name in order if STAGES.index(name) <= last)
+
+
+def restart(inputs: Inputs, names: Sequence[str]) -> list[Path]:
+    """Forget these stages and those made from their output, last stage first; the files removed."""
+    follow = {"export": ("finalize", "verify"), "finalize": ("verify",)}
+    wanted = {*names, *(later for name in names for later in follow.get(name, ()))}
+    removed = []
+    for name in reversed(STAGES):
+        if name in wanted:
+            state = StageState(inputs.workspace, build(name, inputs))
+            removed += state.restart()
+            EventLog(inputs.workspace.events, worker="restart", host=whoami()["host"]).write("restart", stage=name)
+    return removed
+
+
+def run_stage(
+    inputs: Inputs, name: str, command: Command, *, stop: StopRequest, watch: Callable[[Stage], None]
+) -> StageResult:
+    """Bring one stage to its end, or raise what stopped it. A finished one is recognised and left alone."""
+    stage = build(name, inputs)
+    state = StageState(inputs.workspace, stage)
+    begun = state.compare()
+    missing = state.missing()
+    if begun and not missing:
+        stage.settle()
+    else:
+        state.check_disk()
+        state.begin()
+        _launch(inputs, stage, len(missing), command, stop, lambda: watch(stage))
+    records = tuple(record for unit in stage.units if (record := state.record(unit)) is not None)
+    if len(records) < len(stage.units):
+        raise BugError("stage-incomplete", f"workers of {name} ended well, yet units are missing", where=stage.folder)
+    return StageResult(stage, records, bool(missing))
+
+
+def _launch(
+    inputs: Inputs, stage: Stage, missing: int, command: Command, stop: StopRequest, watch: Callable[[], None]
+) -> None:
+    launcher = inputs.job.launcher
+    run = unique_token()
+    count = max(1, min(launcher.workers, missing))
+    commands = [command.worker(stage.name, index, count, run) for index in range(count)]
+    logs = [inputs.workspace.logs / f"{stage.name}-{index}.log" for index in range(count)]
+    run_workers = import_module(LAUNCHERS[launcher.kind]).run_workers
+    code, said = run_workers(commands, logs, max_faults=launcher.max_faults, stop=stop, watch=watch)
+    if code:
+        raise WorkersFailed(code, said, inputs.workspace.logs)

@@ -1,0 +1,70 @@
+"""export: release + amax -> the shards of the NVFP4 checkpoint, each under its own name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from dsqjob.checkpoint.header import Entry
+from dsqjob.dataplan.file_sink import pour_file
+from dsqjob.dataplan.sources import Sources
+from dsqjob.engine.fingerprint import Fingerprint, digest_of
+from dsqjob.engine.stage import Context, Done, Output, Stage, Unit
+from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
+
+PROVENANCE = "dsqjob.json"
+
+
+class Export(Stage):
+    """Units: the release's shards. A shard's plan is laid out when its turn comes."""
+
+    name = "export"
+    owner = "export"
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self.folder = inputs.job.export.output
+        release = inputs.release
+        grown: defaultdict[str, int] = defaultdict(int)
+        for target in inputs.targets:
+            scale = release.entry(f"{target.path}.scale")
+            grown[target.shard] += target.out_features * target.in_features // 16 + 8
+            grown[release.index[scale.name]] -= scale.nbytes
+        units = []
+        for shard, header in release.shards.items():
+            size = sum(map(Entry.nbytes.fget, header.tensors.values()))  # type: ignore[attr-defined]
+            units.append(Unit(shard, (shard,), size, size + grown[shard]))
+        self.units = units
+        self.total_bytes = sum(unit.bytes_out for unit in units)
+        self.fingerprint = Fingerprint(
+            {
+                **inputs.release_parts(),
+                "export.amax": inputs.amax_digest,
+                "export.weights": inputs.route,
+                "export.allow_uncalibrated": digest_of(sorted(inputs.job.export.allow_uncalibrated)),
+                "checksums": str(inputs.job.checksums),
+                "format": FORMAT_VERSION,
+            }
+        )
+
+    def do(self, unit: Unit, context: Context) -> Done:
+        inputs = self._inputs
+        plan = inputs.family.export_file(inputs.release, unit.id, inputs.route, inputs.settled)
+        with Sources(inputs.release.root) as sources:
+            path = self.folder / unit.id
+            poured = pour_file(plan, path, sources, context, checksum=inputs.job.checksums)
+        output = Output(unit.id, poured.nbytes, poured.sha256)
+        return Done((output,), {"blocks": poured.blocks, "lossless": poured.lossless})
+
+    def owned_before(self) -> bool:
+        """The finished checkpoint's provenance is the one that our finalize recorded."""
+        from dsqjob.stages.finalize import recorded_provenance
+
+        recorded = recorded_provenance(self._inputs.workspace)
+        path = self.folder / PROVENANCE
+        return recorded is not None and path.is_file() and path.stat().st_size == recorded.bytes
+
+
+def build(inputs: Inputs) -> Export:
+    return Export(inputs)
+
+

@@ -1,0 +1,101 @@
+"""What the stages of a job share; every header is read once, whatever the number of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from dsqjob.amax.ledger import Ledger
+from dsqjob.amax.reference import amax_identity, load_amax
+from dsqjob.amax.settle import Settled, settle
+from dsqjob.checkpoint.release import Release, open_release
+from dsqjob.engine.workspace import Workspace
+from dsqjob.errors import UsageError
+from dsqjob.families import family
+from dsqjob.families.face import Family, Target
+from dsqjob.job.schema import Job
+
+FORMAT_VERSION = "1"
+"""Changes when the same inputs and settings would give other bytes."""
+
+
+class Inputs:
+    """A job and what its headers say, read when first asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.workspace = Workspace(job.workspace)
+
+    @cached_property
+    def family(self) -> Family:
+        return family(self.job.family)
+
+    @cached_property
+    def release(self) -> Release:
+        """The release, found whole and of the job's family."""
+        for name, folder in (("convert.output", self.job.convert.output), ("export.output", self.job.export.output)):
+            self._disjoint(name, folder)
+        release = open_release(self.job.release)
+        self.family.check(release)
+        return release
+
+    def _disjoint(self, name: str, folder) -> None:  # type: ignore[no-untyped-def]
+        source, target = self.job.release.resolve(), folder.resolve()
+        if source == target or source in target.parents or target in source.parents:
+            raise UsageError(
+                "output-inside-release",
+                "release and output folder must lie apart",
+                where=f"{name}: {folder}",
+                way_out="choose an output folder outside the release",
+            )
+
+    @cached_property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(self.family.targets(self.release))
+
+    @cached_property
+    def route(self) -> str:
+        """How weights become NVFP4. UsageError ``weights-route`` where the release has no such way."""
+        routes = self.family.routes(self.release)
+        if self.job.export.weights == "auto":
+            return routes[0]
+        if self.job.export.weights not in routes:
+            raise UsageError(
+                "weights-route",
+                f"this release allows {', '.join(routes)}, not {self.job.export.weights}",
+                where="export.weights",
+                way_out="set export.weights to auto",
+            )
+        return self.job.export.weights
+
+    @property
+    def calibrated(self) -> bool:
+        return self.job.export.input_scale == "calibrated"
+
+    @cached_property
+    def amax_digest(self) -> str:
+        """What the amax are: a digest of their files, or the word ``one``."""
+        return amax_identity(self.job.export.amax) if self.calibrated else "one"
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The amax; those of the reference are imported into the workspace first."""
+        if not self.calibrated:
+            return None
+        return load_amax(self.job.export.amax, self.workspace.root / "state" / "amax-imports")
+
+    @cached_property
+    def settled(self) -> Mapping[str, Settled] | None:
+        """Maxima of every target; None where input scales are 1."""
+        if self.ledger is None:
+            return None
+        return settle(
+            self.ledger,
+            [target.sharing for target in self.targets],
+            allow_uncalibrated=self.job.export.allow_uncalibrated,
+            where=self.job.export.amax,
+        )
+
+    def release_parts(self) -> dict[str, str]:
+        """The release in a fingerprint."""
+        return {f"release {name}": digest for name, digest in self.release.identity().items()}

@@ -1,0 +1,74 @@
+"""One process that does units of a stage: what every launcher starts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+from dsqjob.engine.claims import whoami
+from dsqjob.engine.events import EventLog
+from dsqjob.engine.execute import StopRequest, Worker, storage_error
+from dsqjob.engine.stage import StageState
+from dsqjob.errors import DsqjobError
+from dsqjob.job.schema import Job
+from dsqjob.stages import build
+from dsqjob.stages.inputs import Inputs
+
+_MIB = 1 << 20
+_FOOTPRINT = 160 * _MIB
+"""What a worker takes before it holds any data: interpreter, numpy, compiled loops, headers of a large release."""
+_PIECES = 6
+"""Pieces of the chunk size that may be in memory at once."""
+_PR_SET_PDEATHSIG = 1
+
+
+def chunk_bytes(memory: int) -> int:
+    """The piece size that keeps a worker's peak within ``memory`` bytes."""
+    return min(max((memory - _FOOTPRINT) // _PIECES, _MIB), 64 * _MIB)
+
+
+def run_worker(stage_name: str, index: int, count: int, job: Job, *, run: str = "", poll_seconds: float = 1.0) -> None:
+    """Work until every unit of the stage is done. Raises a DsqjobError; its exit code is the process's."""
+    inputs = Inputs(job)
+    inputs.workspace.prepare()
+    me = whoami(run)
+    log = EventLog(inputs.workspace.events, worker=f"{stage_name}-{index}/{count}", host=me["host"], run=run)
+    stop = StopRequest()
+    worker = Worker(
+        index, count, chunk_bytes=chunk_bytes(job.memory), log=log, stop=stop, job=run, poll_seconds=poll_seconds
+    )
+    with stop.listening():
+        try:
+            worker.work(StageState(inputs.workspace, build(stage_name, inputs)))
+        except DsqjobError as error:
+            _tell(log, stage_name, error)
+            raise
+        except OSError as error:
+            storage = storage_error(error)
+            if storage is None:
+                raise
+            _tell(log, stage_name, storage)
+            raise storage from error
+
+
+def _tell(log: EventLog, stage: str, error: DsqjobError) -> None:
+    log.write("error", stage=stage, id=error.id, what=error.what, where=error.where, code=error.exit_code)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the process that started this one is gone."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def private_cache() -> Path | None:
+    """A node-local folder of this user's for compiled code, or None where a stranger owns the name."""
+    folder = Path(tempfile.gettempdir(), f"dsqjob-cache-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    return folder if status.st_uid == os.getuid() and status.st_mode & 0o077 == 0 else None
