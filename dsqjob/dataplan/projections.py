@@ -97,9 +97,7 @@ class RequantizedProjection:
     """One projection requantized with ``weight_scale_2``."""
 
     def __init__(self, source: Mxfp4, scale_2: np.float32, sources: Sources) -> None:
-        self._source, self._sources = source, sources
-        with _blaming(source.weight):
-            self._tables = requantize.tables(scale_2)
+        self._source, self._scale_2, self._sources = source, scale_2, sources
 
     def part(self, row: int, weight: Region) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Nibbles [rows, in/2] and block scales [rows, in/16] of the rows whose bytes are ``weight``."""
@@ -108,7 +106,7 @@ class RequantizedProjection:
         nibbles = np.empty_like(packed)
         scales = np.empty((weight.rows, weight.width // 8), np.uint8)
         with _blaming(weight):
-            saturated = requantize.requantize(packed, e8m0, self._tables, nibbles, scales)
+            saturated = requantize.requantize(packed, e8m0, self._scale_2, nibbles, scales)
         if saturated:
             raise DataError(
                 "amax-too-small",

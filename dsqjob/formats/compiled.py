@@ -1,0 +1,77 @@
+"""Loops over nibbles, compiled by numba when first needed and kept in its cache. Imported late: numba is slow to."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def _largest_code(words: NDArray[np.uint64], at: int) -> int:
+    """Largest magnitude code of the 16 nibbles of one word."""
+    word = words[at] & np.uint64(0x7777777777777777)
+    largest = np.uint64(0)
+    for shift in range(0, 64, 4):
+        code = (word >> np.uint64(shift)) & np.uint64(7)
+        largest = max(largest, code)
+    return int(largest)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _requantize(words, e8m0, scales, table, saturated, out, out_scales):  # type: ignore[no-untyped-def]
+    rows, blocks = words.shape
+    too_large = False
+    for row in range(rows):
+        for block in range(blocks):
+            key = int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row], block)
+            too_large |= saturated[key]
+            out_scales[row, block] = scales[key]
+            line = table[key]
+            word = words[row, block]
+            new = np.uint64(0)
+            for shift in range(0, 64, 8):
+                byte = (word >> np.uint64(shift)) & np.uint64(255)
+                new |= np.uint64(line[byte]) << np.uint64(shift)
+            out[row, block] = new
+    return too_large
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _keys_present(words, e8m0, present):  # type: ignore[no-untyped-def]
+    rows, blocks = words.shape
+    for row in range(rows):
+        for block in range(blocks):
+            present[int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row], block)] = True
+
+
+def requantize(
+    packed: NDArray[np.uint8],
+    e8m0: NDArray[np.uint8],
+    tables: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]],
+    out: NDArray[np.uint8],
+    out_scales: NDArray[np.uint8],
+) -> bool:
+    """Apply scales [2048], bytes [2048, 256] and saturated [2048] to every 16-element block; whether one saturated."""
+    return bool(_requantize(packed.view(np.uint64), e8m0, *tables, out.view(np.uint64), out_scales))
+
+
+def keys_present(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which keys ``byte * 8 + largest code`` occur, bool [2048]; keys of zero blocks (code 0) are left out."""
+    present = np.zeros(256 * 8, np.bool_)
+    _keys_present(packed.view(np.uint64), e8m0, present)
+    present[::8] = False
+    return present
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _bytes_present(data, present):  # type: ignore[no-untyped-def]
+    for byte in data:
+        present[byte] = True
+
+
+def bytes_present(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which byte values occur, bool [256]."""
+    present = np.zeros(256, np.bool_)
+    _bytes_present(data.reshape(-1), present)
+    return present

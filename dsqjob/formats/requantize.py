@@ -1,0 +1,87 @@
+"""MXFP4 -> NVFP4 by amax, as a lookup: bit-equal to ``nvfp4.quantize`` of the dequantized BF16 weight.
+
+What becomes of a 16-element block depends on its E8M0 byte, its largest magnitude code and ``weight_scale_2`` only:
+the arithmetic is done once for each such key, and a compiled loop applies the tables.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsqjob.formats import FormatError, e2m1, mxfp4, nvfp4
+
+_KEYS = 256 * 8
+_LARGEST_FINITE = 254 * 8 + 3
+"""Key of 1.5 * 2**127; a larger magnitude of byte 254 is infinite in BF16."""
+_SATURATES = np.float32(448 * 1.001)
+"""Above rounding of the largest block's own scale, below the next BF16 amax."""
+
+
+class _Tables(NamedTuple):
+    """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], and whether the
+    scale would exceed 448 [2048]."""
+
+    scales: NDArray[np.uint8]
+    bytes: NDArray[np.uint8]
+    saturated: NDArray[np.bool_]
+
+
+def _magnitudes() -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return np.ldexp(e2m1.MAGNITUDES[None, :], (np.arange(256) - mxfp4.BIAS)[:, None])
+
+
+_MAGNITUDES = _magnitudes()
+
+
+def _tables(scale_2: np.float32, exponents: NDArray[np.int64]) -> _Tables:
+    """Tables for these E8M0 bytes; other keys stay zero."""
+    block_amax = _MAGNITUDES[exponents]
+    with np.errstate(over="ignore"):
+        saturated = nvfp4.unclamped_scale(block_amax, scale_2) > _SATURATES
+        values = np.ldexp(e2m1.VALUES, (exponents - mxfp4.BIAS)[:, None].astype(np.int32))
+    codes = nvfp4.block_scale(np.where(saturated, 0, block_amax), scale_2)
+    w = np.repeat(values[:, None, :], 8, axis=1)
+    with np.errstate(invalid="ignore"):
+        new = nvfp4.encode(w, codes[..., None], scale_2)
+    tables = _Tables(np.zeros(_KEYS, np.uint8), np.zeros((_KEYS, 256), np.uint8), np.zeros(_KEYS, np.bool_))
+    keys = (exponents[:, None] * 8 + np.arange(8)).reshape(-1)
+    tables.scales[keys] = codes.reshape(-1)
+    tables.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
+    tables.saturated[keys] = saturated.reshape(-1)
+    return tables
+
+
+def requantize(
+    packed: NDArray[np.uint8],
+    e8m0: NDArray[np.uint8],
+    scale_2: np.float32,
+    out: NDArray[np.uint8],
+    out_scales: NDArray[np.uint8],
+) -> bool:
+    """Fill ``out`` [rows, in/2] and ``out_scales`` [rows, in/16] from ``packed`` [rows, in/2], ``e8m0`` [rows, in/32]
+    and ``weight_scale_2``; whether a block was larger than the amax behind ``weight_scale_2``.
+
+    FormatError ``e8m0-nan``.
+    """
+    from dsqjob.formats import compiled
+
+    mxfp4.check_scales(e8m0)
+    tables = _tables(scale_2, np.flatnonzero(compiled.bytes_present(e8m0)))
+    return compiled.requantize(packed, e8m0, tables, out, out_scales)
+
+
+def amax(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> float:
+    """Largest magnitude of the dequantized weight, exact. FormatError ``e8m0-nan``, ``weight-overflow``."""
+    from dsqjob.formats import compiled
+
+    mxfp4.check_scales(e8m0)
+    keys = np.flatnonzero(compiled.keys_present(packed, e8m0))
+    if not len(keys):
+        return 0.0
+    if keys[-1] > _LARGEST_FINITE:
+        raise FormatError("weight-overflow", "a weight is larger than BF16 can hold")
+    return float(_MAGNITUDES.reshape(-1)[keys].max())
