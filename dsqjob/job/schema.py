@@ -1,0 +1,174 @@
+"""The job file's fields. Their docstrings are its manual (``dsqjob schema``)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"(\d+)\s*([A-Za-z]*)")
+_LEAST_MEMORY = 192 << 20
+DERIVED = Path()
+"""Stands for a path that the loader derives from other settings."""
+
+
+def size(value: Any) -> int:
+    """Bytes of ``2GiB``, ``512MiB`` or a number. ValueError in words."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError("write a size such as 2GiB or 512MiB")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _memory(value: Any) -> int:
+    found = size(value)
+    if found < _LEAST_MEMORY:
+        raise ValueError(f"at least {_LEAST_MEMORY >> 20}MiB: a worker holds interpreter, headers and a few pieces")
+    return found
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Parallel(_Section):
+    """The shape of a gang: how many ranks hold one model."""
+
+    model_parallel: int = Field(8, ge=1)
+    """Ranks that share the model; must divide heads, o_groups, vocabulary and experts. 8 needs H200-class GPUs, 80 GB
+    cards need 16."""
+    nodes: int = Field(1, ge=1)
+    """Machines that the ranks are spread over."""
+    gpus_per_node: int = Field(8, ge=1)
+    """Ranks on each machine; nodes times gpus_per_node is model_parallel."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Parallel:
+        if self.nodes * self.gpus_per_node != self.model_parallel:
+            raise ValueError(
+                f"{self.nodes} nodes x {self.gpus_per_node} GPUs are not model_parallel {self.model_parallel}"
+            )
+        return self
+
+
+class TokenSource(_Section):
+    """Where calibration text comes from: one of dataset, jsonl and tokens."""
+
+    dataset: str | None = None
+    """A named data set of ModelOpt's loader (needs network)."""
+    jsonl: Path | None = None
+    """A file of JSON lines."""
+    tokens: Path | None = None
+    """Token ids made before: safetensors, `input_ids` int64 [N, S]."""
+    samples: int | None = Field(None, ge=1)
+    """How many samples to take of a data set or a file of lines."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TokenSource:
+        if sum(value is not None for value in (self.dataset, self.jsonl, self.tokens)) != 1:
+            raise ValueError("name exactly one of dataset, jsonl and tokens")
+        if self.tokens is not None and self.samples is not None:
+            raise ValueError("samples goes with dataset or jsonl; tokens are taken whole")
+        return self
+
+
+def _default_tokens() -> list[TokenSource]:
+    names = ("cnn_dailymail", "nemotron-post-training-dataset-v2")
+    return [TokenSource(dataset=name, samples=64) for name in names]
+
+
+class Tokens(_Section):
+    """Calibration data."""
+
+    data: list[TokenSource] = Field(default_factory=_default_tokens, min_length=1)
+    """Sources in order; by default 64 samples each of cnn_dailymail and nemotron-post-training-dataset-v2."""
+    sequence_length: int = Field(512, ge=1)
+    """Tokens a sample, at most."""
+
+
+class Convert(_Section):
+    """Release to model-parallel checkpoint."""
+
+    output: Path = DERIVED
+    """Folder for the model-parallel files. Default: `<workspace>/mp`."""
+
+
+class Calibrate(_Section):
+    """How amax are measured."""
+
+    source: Literal["release", "mp"] = "release"
+    """Where ranks read weights: slices of the release, or a model-parallel checkpoint (then `run` converts first)."""
+    mp_checkpoint: Path = DERIVED
+    """The model-parallel checkpoint. Default: convert.output."""
+    batch_size: int = Field(4, ge=1)
+    """Samples a forward."""
+    output: Path = DERIVED
+    """Folder for the amax. Default: `<workspace>/amax`."""
+
+
+class Export(_Section):
+    """Release to NVFP4 checkpoint."""
+
+    output: Path
+    """Folder for the checkpoint. New, empty, or begun by this job; outside the release."""
+    amax: Path = DERIVED
+    """Folder of amax: ours, or one of the reference's with `amax_dict_rank*.pt`. Default: calibrate.output."""
+    weights: Literal["auto", "cast", "requantize"] = "auto"
+    """cast keeps MXFP4 values where NVFP4 can hold them; requantize rounds anew by amax, as the reference does by
+    default. auto: cast where the source is MXFP4."""
+    input_scale: Literal["calibrated", "one"] = "calibrated"
+    """one writes 1.0 everywhere: no calibration, no GPU at all."""
+    allow_uncalibrated: list[str] = Field(default_factory=list)
+    """Routed layers, such as `layers.3.ffn.experts`, that may be without a single input amax."""
+
+
+class Launcher(_Section):
+    """What starts the workers."""
+
+    kind: str = "local"
+    """local: processes of this machine."""
+    workers: int = Field(2, ge=1)
+    """Processes that share a data-parallel stage."""
+    max_faults: int = Field(0, ge=0)
+    """How often, in all, a worker that died is started again."""
+
+
+class Job(_Section):
+    """One model, one workspace, one way to run. Relative paths count from the job file's folder; `${VAR}` and
+    `${VAR:-default}` are filled in from the environment."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """For people and schedulers: lower-case letters, digits, dots and dashes."""
+    family: str
+    """The family of the release, such as deepseek-v4."""
+    release: Path
+    """The Hugging Face release as downloaded."""
+    inference_dir: Path = DERIVED
+    """The vendor's inference code. Default: `<release>/inference`."""
+    inference_config: Path = DERIVED
+    """Its model configuration. Default: `<inference_dir>/config.json`."""
+    workspace: Path
+    """Folder for state, logs, reports and default outputs; on a file system that all workers share."""
+    memory: Annotated[int, BeforeValidator(_memory)] = 2 << 30
+    """Peak of one data-parallel worker process, file cache aside: `2GiB`, `512MiB`."""
+    checksums: bool = True
+    """SHA-256 of every output file, made beside the writing, and SHA256SUMS in the checkpoint."""
+    parallel: Parallel = Field(default_factory=Parallel)
+    """The shape of a gang."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where calibration runs."""
+    tokens: Tokens = Field(default_factory=Tokens)
+    """Calibration data."""
+    convert: Convert = Field(default_factory=Convert)
+    """Release to model-parallel checkpoint."""
+    calibrate: Calibrate = Field(default_factory=Calibrate)
+    """How amax are measured."""
+    export: Export
+    """Release to NVFP4 checkpoint."""
+    launcher: Launcher = Field(default_factory=Launcher)
+    """What starts the workers."""
