@@ -1,0 +1,79 @@
+# Two commands need nothing before them: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# A plain `torch` pulls gigabytes of CUDA; on a machine with GPUs: make setup TORCH=torch
+TORCH ?= torch==2.13.0
+
+JOB ?= deepseek-v4-pro
+NODES ?=
+MP ?=
+ON ?=
+SET ?=
+
+DSQJOB := .venv/bin/dsqjob
+OVERRIDES = $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
+UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/cli
+SYSTEM_PACKAGES := strace
+
+.PHONY: help setup demo check test test-all test-gpu bench clean convert-v4 export-v4 verify-v4 pipeline-v4 system-packages
+
+help: ## this list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.ready .venv-base/.ready ## make .venv (everything) and .venv-base (no torch)
+
+.venv/.ready: pyproject.toml
+	@tests/setup-venv .venv "$(PYTHON)" '$(TORCH)' '.[worker,dev]'
+
+.venv-base/.ready: pyproject.toml
+	@tests/setup-venv .venv-base "$(PYTHON)" '' '.'
+
+demo: setup ## the whole job, end to end, on a miniature release
+	@tests/demo $(DSQJOB) .demo
+
+check: setup ## lint, types, unit tests (under 3 minutes)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/shellcheck .ci/run tests/setup-venv tests/demo
+	.venv/bin/yamllint --strict .
+	.venv/bin/pytest -q $(UNIT)
+
+test: setup system-packages ## check, then whole jobs, faults and README (under 30 minutes)
+	$(MAKE) --no-print-directory check UNIT=
+	.venv/bin/pytest -q $(UNIT) tests/pipeline tests/verify tests/faults tests/documents
+
+test-all: test ## everything that is slow, too
+	.venv/bin/pytest -q tests/slow
+	$(MAKE) --no-print-directory bench
+
+test-gpu: setup ## what needs a GPU
+	.venv/bin/pytest -q tests/gpu
+
+bench: setup ## ratios, side by side, printed
+	.venv/bin/python -m tests.benchmarks
+
+system-packages:
+	@if [[ "$${CI:-}" == true || "$${APT:-}" == yes ]]; then \
+	  for p in $(SYSTEM_PACKAGES); do command -v "$$p" >/dev/null || missing="$${missing:-} $$p"; done; \
+	  if [[ -n "$${missing:-}" ]]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi; fi
+
+clean: ## remove what make made here
+	rm -rf .demo .venv .venv-base .mypy_cache .pytest_cache .ruff_cache .hypothesis dsqjob.egg-info
+
+convert-v4: setup ## release -> model-parallel checkpoint. JOB= NODES= MP= ON=local SET="k=v ..."
+	$(DSQJOB) run $(JOB) --stage convert $(OVERRIDES)
+
+export-v4: setup ## release + amax -> finished NVFP4 checkpoint. JOB= SET=
+	$(DSQJOB) run $(JOB) --stage export --through finalize $(OVERRIDES)
+
+verify-v4: setup ## check a checkpoint bit by bit. JOB= SET=
+	$(DSQJOB) verify $(JOB) $(OVERRIDES)
+
+pipeline-v4: setup ## everything that is not done yet. JOB= NODES= MP= ON=local SET=
+	$(DSQJOB) run $(JOB) --through verify $(OVERRIDES)
