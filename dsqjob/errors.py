@@ -30,9 +30,7 @@ class DsqjobError(Exception):
         return (_rebuild, (type(self), self.id, self.what, self.where, self.way_out))
 
 
-def _rebuild(
-    cls: type[DsqjobError], id: str, what: str, where: str, way_out: str
-) -> DsqjobError:
+def _rebuild(cls: type[DsqjobError], id: str, what: str, where: str, way_out: str) -> DsqjobError:
     return cls(id, what, where=where, way_out=way_out)
 
 

@@ -17,7 +17,9 @@ _FILE = re.compile(r"amax_dict_rank(\d+)-mp(\d+)\.pt")
 def rank_files(folder: Path) -> list[Path]:
     """``amax_dict_rank{r}-mp{n}.pt`` of all ranks of one n. DataError ``amax-mixed-worlds``, ``amax-rank-missing``;
     an empty list where the folder has none."""
-    found = {path: (int(match[1]), int(match[2])) for path in folder.glob("*.pt") if (match := _FILE.fullmatch(path.name))}
+    found = {
+        path: (int(match[1]), int(match[2])) for path in folder.glob("*.pt") if (match := _FILE.fullmatch(path.name))
+    }
     worlds = {world for _, world in found.values()}
     if len(worlds) > 1:
         raise DataError(

@@ -146,9 +146,7 @@ def parse(text: bytes, *, path: str | os.PathLike[str], file_size: int) -> Heade
     data_start = 8 + len(text)
     if data_start + position > file_size:
         last = next(entry for entry in entries if data_start + entry.end > file_size)
-        raise _bad(
-            path, "shard-truncated", f"needs {data_start + position} bytes, the file has {file_size}", last.name
-        )
+        raise _bad(path, "shard-truncated", f"needs {data_start + position} bytes, the file has {file_size}", last.name)
     if data_start + position < file_size:
         raise _bad(path, "shard-trailing-bytes", f"{file_size - data_start - position} bytes follow the last tensor")
     return Header(

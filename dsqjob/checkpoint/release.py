@@ -147,9 +147,7 @@ def index_problems(root: Path, index: Mapping[str, str], shards: Mapping[str, He
         for name in header.tensors:
             if name in found:
                 where = f"{root / shard}: {name}"
-                yield DataError(
-                    "tensor-duplicate", f"the tensor is also in {found[name]}", where=where, way_out=again
-                )
+                yield DataError("tensor-duplicate", f"the tensor is also in {found[name]}", where=where, way_out=again)
             elif name not in index:
                 where = f"{root / shard}: {name}"
                 yield DataError("index-unnamed-tensor", "the index does not name it", where=where, way_out=again)

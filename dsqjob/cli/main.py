@@ -24,7 +24,9 @@ _SERVERS = ("vllm", "sglang", "trtllm")
 def _overrides(command: F) -> F:
     """Options that change the job for one command."""
     for option in (
-        click.option("--set", "sets", multiple=True, metavar="K=V", help="Override a setting, e.g. export.weights=cast."),
+        click.option(
+            "--set", "sets", multiple=True, metavar="K=V", help="Override a setting, e.g. export.weights=cast."
+        ),
         click.option("--nodes", type=click.IntRange(1), help="Nodes; GPUs per node = model_parallel / nodes."),
         click.option("--mp", type=click.IntRange(1), help="Model-parallel degree."),
         click.option("--on", "launcher", help="Launcher: local."),
@@ -75,9 +77,7 @@ def run(job: str, stage: str | None, through: str | None, restart: bool, **overr
 @click.option("--run", "run_id", default="", help="Marks the events of one launch.")
 @click.option("--die-with-parent", is_flag=True, help="Stop when the starting process is gone (Linux).")
 @_overrides
-def worker(
-    stage: str, job: str, index: int, count: int, run_id: str, die_with_parent: bool, **overrides: Any
-) -> None:
+def worker(stage: str, job: str, index: int, count: int, run_id: str, die_with_parent: bool, **overrides: Any) -> None:
     """One worker of a data-parallel stage: what launchers start, on any number of machines."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from dsqjob import worker as work
@@ -166,9 +166,7 @@ def _load(
     from dsqjob.launchers import LAUNCHERS
 
     def read(extra: tuple[str, ...]) -> Job:
-        return load(
-            job, sets=extra, environment=os.environ, families=tuple(FAMILIES), launchers=tuple(LAUNCHERS)
-        )
+        return load(job, sets=extra, environment=os.environ, families=tuple(FAMILIES), launchers=tuple(LAUNCHERS))
 
     if launcher is not None:
         sets = (*sets, f"launcher.kind={launcher}")

@@ -28,7 +28,9 @@ def print_plan(inputs: Inputs) -> None:
     release, job = inputs.release, inputs.job
     tensors = sum(len(header.tensors) for header in release.shards.values())
     click.echo(f"job       {job.name} ({job.family})")
-    click.echo(f"release   {release.root}: {len(release.shards)} shards, {tensors} tensors, {sizes(release.total_bytes)}")
+    click.echo(
+        f"release   {release.root}: {len(release.shards)} shards, {tensors} tensors, {sizes(release.total_bytes)}"
+    )
     click.echo(f"workspace {job.workspace}")
     experts = len(inputs.targets)
     for name in pipeline(inputs):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dsqjob.dataplan.follower import Follower
 from dsqjob.dataplan.plan import (
@@ -237,5 +236,3 @@ def _moved(item: Item) -> Region | None:
             return source.weight
         case _:
             return None
-
-

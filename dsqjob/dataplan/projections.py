@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -134,5 +134,3 @@ class _blaming:  # noqa: N801 (a context manager that reads as a verb)
                 where=f"{self._region.file}: {self._region.tensor}",
                 way_out="download this shard again; if it stays so, the release is damaged at its source",
             ) from None
-
-

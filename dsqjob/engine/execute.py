@@ -10,11 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from dsqjob.engine.claims import Claim, Claims
 from dsqjob.engine.events import EventLog
-from dsqjob.engine.stage import Context, Stage, StageState, Unit
+from dsqjob.engine.stage import Context, StageState, Unit
 from dsqjob.errors import Interrupted, StorageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
@@ -22,30 +21,42 @@ TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE}
 GRACE = 8.0
 """Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
 for."""
+_LISTEN = 0.2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop. Install on the main thread."""
+    """Whether a signal asked this process to stop.
+
+    The signals are blocked, and a thread waits for them: it hears them even while the main thread sits in an fsync
+    that does not return.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._closed = threading.Event()
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        """Listen from the main thread, before other threads start."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        thread.start()
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._closed.set()
+            thread.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal = signal.Signals(number)
-            timer = threading.Timer(GRACE, os._exit, [Interrupted.exit_code])
-            timer.daemon = True
-            timer.start()
+    def _listen(self) -> None:
+        heard_at = None
+        while not self._closed.is_set():
+            heard = signal.sigtimedwait(STOP_SIGNALS, _LISTEN)
+            if heard is not None and self.signal is None:
+                self.signal, heard_at = signal.Signals(heard.si_signo), time.monotonic()
+            if heard_at is not None and time.monotonic() - heard_at > GRACE:
+                os._exit(Interrupted.exit_code)
 
     def check(self) -> None:
         """Raises Interrupted once a signal came."""
@@ -111,6 +122,7 @@ class Worker:
             pending = [unit for unit in pending if not self._settled(unit, state, claims)]
             if pending:
                 time.sleep(self._poll)
+        state.sweep_all()
         stage.settle()
         self._log.write("stage-done", stage=stage.name)
 
@@ -161,9 +173,7 @@ class Worker:
             seconds=seconds,
             token=claim.token,
         )
-        self._log.write(
-            "unit-done", stage=stage.name, unit=unit.id, bytes=unit.bytes_out, seconds=round(seconds, 3)
-        )
+        self._log.write("unit-done", stage=stage.name, unit=unit.id, bytes=unit.bytes_out, seconds=round(seconds, 3))
 
 
 def storage_error(error: OSError) -> StorageError | None:
@@ -177,5 +187,3 @@ def storage_error(error: OSError) -> StorageError | None:
         where=error.filename or "",
         way_out=("free space" if full else "check the file system") + ", then run the same command again: it resumes",
     )
-
-

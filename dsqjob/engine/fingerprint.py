@@ -21,9 +21,7 @@ class Fingerprint:
 
     def changes(self, before: Mapping[str, str]) -> list[str]:
         """Names of the parts that differ from ``before``."""
-        return [
-            name for name in sorted({*self.parts, *before}) if self.parts.get(name) != before.get(name)
-        ]
+        return [name for name in sorted({*self.parts, *before}) if self.parts.get(name) != before.get(name)]
 
 
 def digest_of(value: Any) -> str:

@@ -58,34 +58,37 @@ def json_bytes(value: Any) -> bytes:
 def create_exclusively(path: Path, data: bytes, token: str) -> bool:
     """Make ``path`` with its content in one step, unless it exists; whether this call made it.
 
-    ``link`` shows a file with its content at once; where the file system has no hard links,
-    ``O_EXCL`` and a write stand in, and a reader may meet an empty file for an instant.
+    ``link`` shows a file with its content at once; where the file system has no hard links, ``O_EXCL`` and a write
+    stand in, and a reader may meet an empty file for an instant. A sweep that takes the unlinked file away in between
+    costs another try.
     """
     aside = partial_path(path, token)
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            write_all(fd, data, 0)
-        finally:
-            os.close(fd)
+    while True:
+        _write_new(aside, data, os.O_TRUNC)
         try:
             os.link(aside, path)
             return True
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            continue
         except OSError:
             try:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                _write_new(path, data, os.O_EXCL)
+                return True
             except FileExistsError:
                 return False
-            try:
-                write_all(fd, data, 0)
-            finally:
-                os.close(fd)
-            return True
+        finally:
+            with suppress(FileNotFoundError):
+                aside.unlink()
+
+
+def _write_new(path: Path, data: bytes, how: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(fd, data, 0)
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(aside)
+        os.close(fd)
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

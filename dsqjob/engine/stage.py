@@ -193,7 +193,8 @@ class StageState:
         claims = Claims(claims_folder)
         live = claims.live_tokens()
         folders = {self.stage.folder / Path(output).parent for unit in self.stage.units for output in unit.outputs}
-        folders |= {claims_folder, self.workspace.records(self.stage.name)}
+        folders |= {self.stage.folder, claims_folder, claims_folder.parent, claims_folder.parent.parent}
+        folders.add(self.workspace.records(self.stage.name))
         swept = []
         for folder in sorted(folders):
             for path in sorted(folder.glob(f"*{PARTIAL}*")) if folder.is_dir() else []:

@@ -86,7 +86,8 @@ class Workspace:
         mine = {"workspace": self.identity(), "stage": stage}
         output.mkdir(parents=True, exist_ok=True)
         if not owner.exists():
-            if not finished and any(output.iterdir()) and not owner.exists():
+            strangers = any(not path.name.startswith(OWNER) for path in output.iterdir())
+            if not finished and strangers and not owner.exists():
                 raise UsageError(
                     "output-foreign",
                     "the output folder holds files that this job did not make",

@@ -161,9 +161,7 @@ class DeepSeekV4(Family):
     def routes(self, release: Release) -> Sequence[str]:
         return (_CAST, _REQUANTIZE)
 
-    def export_file(
-        self, release: Release, shard: str, route: str, amax: Mapping[str, Settled] | None
-    ) -> FilePlan:
+    def export_file(self, release: Release, shard: str, route: str, amax: Mapping[str, Settled] | None) -> FilePlan:
         header = release.shards[shard]
         items = []
         for entry in header.tensors.values():
@@ -194,9 +192,7 @@ class DeepSeekV4(Family):
             "producer": dict(producer),
             "quantized_layers": layers,
             "ignore": list(_IGNORE),
-            "config_groups": {
-                "group_0": {"input_activations": tensors, "weights": tensors, "targets": ["Linear"]}
-            },
+            "config_groups": {"group_0": {"input_activations": tensors, "weights": tensors, "targets": ["Linear"]}},
         }
         separate = {**shared, "quantized_layers": layers, "exclude_modules": list(_IGNORE)}
         return {
@@ -263,9 +259,7 @@ def _check_projection(release: Release, path: str, kind: str, g: Geometry) -> No
             )
 
 
-def _projection_items(
-    release: Release, parts: _Parts, route: str, amax: Mapping[str, Settled] | None
-) -> list[Item]:
+def _projection_items(release: Release, parts: _Parts, route: str, amax: Mapping[str, Settled] | None) -> list[Item]:
     path = parts.path
     source = _mxfp4(release, path)
     sharing = tuple(_mxfp4(release, f"{parts.container}.{parts.expert}.{kind}") for kind in _GROUP[parts.kind])

@@ -56,9 +56,7 @@ class Family(ABC):
         """The values of ``export.weights`` that the release's dtypes allow, the default first."""
 
     @abstractmethod
-    def export_file(
-        self, release: Release, shard: str, route: str, amax: Mapping[str, Settled] | None
-    ) -> FilePlan:
+    def export_file(self, release: Release, shard: str, route: str, amax: Mapping[str, Settled] | None) -> FilePlan:
         """A shard of the NVFP4 checkpoint; without ``amax`` every input scale is 1."""
 
     @abstractmethod

@@ -12,9 +12,7 @@ SMALLEST = np.float32(2.0**-9)
 def _values() -> NDArray[np.float32]:
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
-    magnitude = np.where(
-        exponent == 0, mantissa * 2.0**-9, np.ldexp(1 + mantissa / 8, exponent - 7)
-    ).astype(np.float32)
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, np.ldexp(1 + mantissa / 8, exponent - 7)).astype(np.float32)
     magnitude[(code & 0x7F) == 0x7F] = np.nan
     return np.where(code & 0x80, -magnitude, magnitude).astype(np.float32)
 

@@ -51,9 +51,7 @@ def encode(w: NDArray[np.float32], scales: NDArray[np.uint8], scale_2: np.float3
         return e2m1.encode(w / np.repeat(divisor, GROUP, axis=-1))
 
 
-def quantize(
-    w: NDArray[np.float32], amax: float
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], np.float32]:
+def quantize(w: NDArray[np.float32], amax: float) -> tuple[NDArray[np.uint8], NDArray[np.uint8], np.float32]:
     """Nibbles [out, in/2], E4M3 scales [out, in/16] and ``weight_scale_2`` of BF16 values ``w`` [out, in]."""
     scale_2 = weight_scale_2(amax)
     block_amax = np.abs(w).reshape(*w.shape[:-1], -1, GROUP).max(axis=-1)

@@ -114,7 +114,9 @@ def _text(name: str) -> tuple[str, Path]:
 def _set(raw: dict[str, Any], item: str) -> None:
     path, equals, text = item.partition("=")
     if not equals or not path:
-        raise UsageError("set-syntax", f"{item!r} is not key=value", where="--set", way_out="write --set export.weights=cast")
+        raise UsageError(
+            "set-syntax", f"{item!r} is not key=value", where="--set", way_out="write --set export.weights=cast"
+        )
     *parents, last = path.split(".")
     place = raw
     for parent in parents:
@@ -166,7 +168,10 @@ def _fill(text: str, at: int, environment: Mapping[str, str], where: str, *, nes
             found.append(piece)
     if nested or at < len(text):
         raise UsageError(
-            "variable-syntax", f"{text!r} is not ${{NAME}} or ${{NAME:-default}}", where=where, way_out="write $$ for a dollar"
+            "variable-syntax",
+            f"{text!r} is not ${{NAME}} or ${{NAME:-default}}",
+            where=where,
+            way_out="write $$ for a dollar",
         )
     return "".join(found), at
 
@@ -180,7 +185,12 @@ def _variable(text: str, match: re.Match[str], environment: Mapping[str, str], w
             return known, end
         return _fill(text, end, environment, where, nested=True)
     if not text.startswith("}", end):
-        raise UsageError("variable-syntax", f"{text!r} is not ${{NAME}} or ${{NAME:-default}}", where=where, way_out="close the brace")
+        raise UsageError(
+            "variable-syntax",
+            f"{text!r} is not ${{NAME}} or ${{NAME:-default}}",
+            where=where,
+            way_out="close the brace",
+        )
     if known is None:
         raise UsageError(
             "variable-missing", f"the environment variable {name} is not set", where=where, way_out=f"export {name}=..."
@@ -246,7 +256,11 @@ def _derive(raw: dict[str, Any], place: Path) -> None:
 
 
 def _absolute(value: str, place: Path) -> Path:
-    return (place.parent / Path(value).expanduser()).resolve(strict=False) if not Path(value).is_absolute() else Path(value)
+    return (
+        (place.parent / Path(value).expanduser()).resolve(strict=False)
+        if not Path(value).is_absolute()
+        else Path(value)
+    )
 
 
 def _get(raw: Any, path: str) -> Any:
@@ -292,4 +306,3 @@ def _problem(problem: Any) -> tuple[str, str]:
     return field, f"{field}: {reason[0].lower()}{reason[1:]}" + (
         "" if problem["type"] == "missing" else f" (is {problem['input']!r})"
     )
-

@@ -45,7 +45,9 @@ def _type(field: FieldInfo) -> str:
     if choices and all(isinstance(choice, str) for choice in choices):
         return " | ".join(choices)
     names = [one.__name__ for one in (choices or (annotation,)) if one is not None and hasattr(one, "__name__")]
-    return "list" if getattr(annotation, "__origin__", None) is list else " or ".join(n for n in names if n != "NoneType")
+    return (
+        "list" if getattr(annotation, "__origin__", None) is list else " or ".join(n for n in names if n != "NoneType")
+    )
 
 
 def _default(field: FieldInfo) -> str:

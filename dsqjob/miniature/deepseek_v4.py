@@ -78,7 +78,7 @@ def write_files(folder: Path, *, seed: int, experts_dtype: str = "mxfp4", **geom
     (folder / "encoding").mkdir()
     (folder / "encoding" / "encoding.py").write_text(
         '"""Turns messages into text."""\n\n\ndef encode(messages):\n'
-        '    return "".join(f"{message[\'role\']}: {message[\'content\']}\\n" for message in messages)\n'
+        "    return \"\".join(f\"{message['role']}: {message['content']}\\n\" for message in messages)\n"
     )
     _write_json(folder / "encoding" / "example.json", {"messages": [{"role": "user", "content": "hello"}]}, 2)
     (folder / "inference").mkdir()

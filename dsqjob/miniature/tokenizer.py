@@ -27,7 +27,9 @@ def tokenizer_files(vocabulary: int) -> dict[str, Any]:
     then bytes, then merges learned from a paragraph. Padding on the right with the end token; no begin token added."""
     letters = _byte_letters()
     vocab = {BOS: 0, EOS: 1} | {letter: n + 2 for n, letter in enumerate(sorted(letters.values()))}
-    words = [[letters[byte] for byte in word.encode()] for word in _TEXT.replace("\n", " ").replace(" ", "\n ").split("\n")]
+    words = [
+        [letters[byte] for byte in word.encode()] for word in _TEXT.replace("\n", " ").replace(" ", "\n ").split("\n")
+    ]
     merges: list[tuple[str, str]] = []
     while len(vocab) < vocabulary:
         pair = _most_common(words, vocab)
@@ -35,7 +37,15 @@ def tokenizer_files(vocabulary: int) -> dict[str, Any]:
         vocab[pair[0] + pair[1]] = len(vocab)
         words = [_merge(word, pair) for word in words]
     special = [
-        {"id": n, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": n,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for n, text in enumerate((BOS, EOS))
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

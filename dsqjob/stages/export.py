@@ -66,5 +66,3 @@ class Export(Stage):
 
 def build(inputs: Inputs) -> Export:
     return Export(inputs)
-
-

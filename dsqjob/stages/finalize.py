@@ -108,7 +108,9 @@ class Finalize(Stage):
                 weight_map[entry.name] = unit.id
                 total += entry.nbytes
         if total != self._export.total_bytes:
-            raise BugError("total-size", f"{total} bytes of tensors, {self._export.total_bytes} planned", where=self.folder)
+            raise BugError(
+                "total-size", f"{total} bytes of tensors, {self._export.total_bytes} planned", where=self.folder
+            )
         ordered = dict(sorted(weight_map.items()))
         return _json({"metadata": {"total_size": total}, "weight_map": ordered})
 
@@ -155,5 +157,3 @@ def _file_digest(path: Path) -> str:
 
 def build(inputs: Inputs) -> Finalize:
     return Finalize(inputs)
-
-

@@ -13,11 +13,7 @@ from tests.harness import Tensor, digests, dsqjob, events, read_checkpoint, read
 E4M3 = np.array(
     [
         (-1.0 if code & 0x80 else 1.0)
-        * (
-            (code & 7) * 2.0**-9
-            if not code & 0x78
-            else (1 + (code & 7) / 8) * 2.0 ** (((code >> 3) & 15) - 7)
-        )
+        * ((code & 7) * 2.0**-9 if not code & 0x78 else (1 + (code & 7) / 8) * 2.0 ** (((code >> 3) & 15) - 7))
         for code in range(256)
     ],
     np.float32,
@@ -77,9 +73,7 @@ def test_convert_equals_the_vendors_files(tmp_path: Path, golden: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_convert_of_a_miniature_equals_the_plain_rules_at_every_degree(
-    tmp_path: Path, miniature: Path, n: int
-) -> None:
+def test_convert_of_a_miniature_equals_the_plain_rules_at_every_degree(tmp_path: Path, miniature: Path, n: int) -> None:
     made = convert(tmp_path, miniature, n)
     for rank in range(n):
         expected = plain_mp(miniature, rank, n, 16)
