@@ -112,7 +112,7 @@ class Worker:
             "stage",
             stage=stage.name,
             units=len(stage.units),
-            bytes=sum(unit.bytes_out for unit in stage.units),
+            bytes=sum(unit.work for unit in stage.units),
             fingerprint=stage.fingerprint.digest,
         )
         start = len(stage.units) * self.index // max(1, self.count)
@@ -153,7 +153,7 @@ class Worker:
     def _do(self, unit: Unit, state: StageState, claim: Claim) -> None:
         stage = state.stage
         begun = time.monotonic()
-        self._log.write("unit", stage=stage.name, unit=unit.id, bytes=unit.bytes_out)
+        self._log.write("unit", stage=stage.name, unit=unit.id, bytes=unit.work)
         context = _UnitContext(claim, self._chunk_bytes, self._stop, self._log, stage.name)
         for attempt in (1, 2, 3):
             try:
@@ -173,7 +173,7 @@ class Worker:
             seconds=seconds,
             token=claim.token,
         )
-        self._log.write("unit-done", stage=stage.name, unit=unit.id, bytes=unit.bytes_out, seconds=round(seconds, 3))
+        self._log.write("unit-done", stage=stage.name, unit=unit.id, bytes=unit.work, seconds=round(seconds, 3))
 
 
 def storage_error(error: OSError) -> StorageError | None:

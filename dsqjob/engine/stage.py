@@ -25,6 +25,11 @@ class Unit:
     bytes_in: int
     bytes_out: int
 
+    @property
+    def work(self) -> int:
+        """Bytes that progress is counted in: those written, or those read where nothing is."""
+        return self.bytes_out or self.bytes_in
+
 
 @dataclass(frozen=True)
 class Output:
@@ -86,6 +91,9 @@ class Stage(ABC):
     owner: str | None = None
     """Under which name the folder is owned; None for a stage that writes into the workspace only."""
 
+    disposable: bool = False
+    """Whether nothing is lost by beginning again: then a changed fingerprint does so by itself."""
+
     @abstractmethod
     def do(self, unit: Unit, context: Context) -> Done:
         """Make the unit's outputs, publishing each under its final name, and say what was made."""
@@ -94,8 +102,12 @@ class Stage(ABC):
         """Whether this workspace once finished ``folder``, although no owner file says so."""
         return False
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 (most stages have nothing to settle)
         """Called once all units have records; may be called again."""
+
+    def summary(self, records: Sequence[Record]) -> Sequence[str]:  # noqa: ARG002
+        """Lines for people about the finished stage."""
+        return ()
 
 
 class StageState:
@@ -113,7 +125,11 @@ class StageState:
         if not self._file.exists():
             return False
         before = read_state(self._file)
-        if changed := self.stage.fingerprint.changes(before["parts"]):
+        changed = self.stage.fingerprint.changes(before["parts"])
+        if changed and self.stage.disposable:
+            self.restart()
+            return False
+        if changed:
             raise UsageError(
                 "fingerprint-changed",
                 f"{self.stage.name} was begun with other inputs or settings; changed: {', '.join(changed)}",

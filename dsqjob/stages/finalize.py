@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dsqjob.engine.workspace import OWNER, Workspace, read_state
 from dsqjob.errors import BugError, UsageError
 from dsqjob.stages.export import PROVENANCE, Export
 from dsqjob.stages.inputs import Inputs
-from dsqjob.stages.provenance import SUMS, model_card, producer, provenance
+from dsqjob.stages.provenance import SUMS, lossless_line, model_card, producer, provenance
 
 _CARD = "README.md"
 _PIECE = 8 << 20
@@ -65,11 +65,14 @@ class Finalize(Stage):
             text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
             outputs.append(self._publish(SUMS, text.encode(), context))
         outputs.append(self._publish(INDEX, self._index(), context))
-        return Done(tuple(outputs), _totals(records))
+        return Done(tuple(outputs), totals_of(records))
 
     def settle(self) -> None:
         with suppress(FileNotFoundError):
             (self.folder / OWNER).unlink()
+
+    def summary(self, records: Sequence[Record]) -> Sequence[str]:
+        return [lossless_line(totals_of(records))] if self._inputs.route == "cast" else []
 
     def owned_before(self) -> bool:
         return self._export.owned_before()
@@ -93,7 +96,7 @@ class Finalize(Stage):
         StageState(self._inputs.workspace, self._export).sweep_all()
 
     def _written(self, records: list[Record]) -> Iterator[tuple[str, bytes]]:
-        papers = provenance(self._inputs, _totals(records))
+        papers = provenance(self._inputs, totals_of(records))
         for name, value in self._configs.items():
             yield name, _json(value)
         yield _CARD, model_card(self._inputs, papers).encode()
@@ -132,8 +135,8 @@ class Finalize(Stage):
         return Output(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _totals(records: list[Record]) -> dict[str, int]:
-    """Source blocks and lossless ones over all shards."""
+def totals_of(records: Sequence[Record]) -> dict[str, int]:
+    """Source blocks and lossless ones, added up."""
     return {name: sum(int(record.counts.get(name, 0)) for record in records) for name in ("blocks", "lossless")}
 
 

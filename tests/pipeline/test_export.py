@@ -246,7 +246,9 @@ def test_a_layer_without_amax_is_refused_unless_named(tmp_path: Path, golden: Pa
 
 def test_amax_smaller_than_the_weights_are_refused(tmp_path: Path, golden: Path) -> None:
     ledger = read_files(sorted((golden / "amax-mp2").glob("*.pt")))
-    rows = {name: row._replace(weight_amax=row.weight_amax and row.weight_amax / 2) for name, row in ledger.rows.items()}
+    rows = {
+        name: row._replace(weight_amax=row.weight_amax and row.weight_amax / 2) for name, row in ledger.rows.items()
+    }
     Ledger(rows).save(tmp_path / "ledger" / LEDGER)
     job = write_job(
         tmp_path,

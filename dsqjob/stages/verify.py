@@ -1,0 +1,111 @@
+"""verify: every shard recomputed by independent formulas; then papers, side files and what servers demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from dsqjob.engine.fingerprint import Fingerprint, digest_of
+from dsqjob.engine.stage import Context, Done, Record, Stage, StageState, Unit
+from dsqjob.errors import DataError, UsageError
+from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
+from dsqjob.verify.facts import gather_facts
+from dsqjob.verify.findings import ShardReport, failures
+from dsqjob.verify.folder import check_folder, read_shards
+from dsqjob.verify.report import Report, conclude, write_report
+from dsqjob.verify.servers import SERVERS, judge
+from dsqjob.verify.settled import Expected, settle
+from dsqjob.verify.shard import check_shard, routed_projections
+
+
+class Verify(Stage):
+    """Units: the checkpoint's shards. Beginning again costs reading only, so a changed checkpoint is simply read
+    again."""
+
+    name = "verify"
+    disposable = True
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self.checkpoint = inputs.job.export.output
+        self.folder = inputs.workspace.reports
+        self._shards = read_shards(self.checkpoint)
+        self.units = [Unit(name, (), header.file_size, 0) for name, header in self._shards.headers.items()]
+        self.fingerprint = Fingerprint(
+            {
+                **inputs.release_parts(),
+                "checkpoint": digest_of(self._files()),
+                "export.amax": inputs.amax_digest,
+                "export.weights": inputs.route,
+                "format": FORMAT_VERSION,
+            }
+        )
+
+    def do(self, unit: Unit, context: Context) -> Done:
+        report = check_shard(
+            self.checkpoint / unit.id,
+            self._shards.headers[unit.id],
+            self._inputs.release,
+            self._expected(),
+            chunk_bytes=context.chunk_bytes,
+            tick=context.tick,
+        )
+        return Done((), report.to_json())
+
+    def settle(self) -> None:
+        """Write the report. DataError ``verification-failed``."""
+        state = StageState(self._inputs.workspace, self)
+        records = [record for unit in self.units if (record := state.record(unit)) is not None]
+        report = self.report(records)
+        _, page = write_report(report, self.folder)
+        if not report.passed:
+            worst = failures(report.findings)
+            raise DataError(
+                "verification-failed",
+                f"{len(worst)} findings, the first: {worst[0]}",
+                where=page,
+                way_out="the report lists all; export again what is damaged",
+            )
+
+    def report(
+        self, records: Sequence[Record], servers: Sequence[str] = SERVERS, tensor_parallel: int | None = None
+    ) -> Report:
+        """Everything that was found. A single server that is asked for must load the checkpoint."""
+        inputs = self._inputs
+        reports = [ShardReport.from_json(cast(dict[str, Any], record.counts)) for record in records]
+        folder = check_folder(
+            self.checkpoint, inputs.release, self._expected(), self._shards, reports, tick=lambda _: None
+        )
+        facts = gather_facts(folder, self._shards, reports, inputs.release)
+        verdicts = [judge(facts, server, tensor_parallel) for server in servers]
+        required = servers if len(servers) == 1 else ()
+        return conclude(self.checkpoint, reports, folder, facts, verdicts, required=required)
+
+    def summary(self, records: Sequence[Record]) -> Sequence[str]:
+        report = self.report(records)
+        lines = [f"{'passed' if report.passed else 'FAILED'}: {report.tensors} tensors, {report.nbytes:,} bytes"]
+        return lines + [f"{verdict.server}: {verdict.outcome}" for verdict in report.verdicts]
+
+    def _expected(self) -> Expected:
+        inputs = self._inputs
+        route = cast(Any, inputs.route)
+        if inputs.ledger is None:
+            return Expected(route, "one")
+        rows = {path: (row.input_amax, row.weight_amax) for path, row in inputs.ledger.rows.items()}
+        weight, measured = settle(rows, routed_projections(inputs.release))
+        return Expected(route, "calibrated", weight, measured)
+
+    def _files(self) -> dict[str, list[int]]:
+        if not self.checkpoint.is_dir():
+            raise UsageError(
+                "checkpoint-missing",
+                "there is no checkpoint yet",
+                where=self.checkpoint,
+                way_out="export first: dsqjob run JOB --stage export --through finalize",
+            )
+        paths = sorted(path for path in self.checkpoint.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.checkpoint)): [(s := path.stat()).st_size, s.st_mtime_ns] for path in paths}
+
+
+def build(inputs: Inputs) -> Verify:
+    return Verify(inputs)

@@ -1,0 +1,1 @@
+"""Verification: independent formulas, the checkpoint's own papers, and what servers demand."""
