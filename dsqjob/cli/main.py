@@ -220,7 +220,7 @@ def _unexpected(error: Exception) -> int:
             return storage.exit_code
         if isinstance(error, PermissionError):
             click.echo(
-                f"[permission] {error.strerror}\n  where: {error.filename}\n  way out: check owner and mode of this path",
+                f"[permission] {error.strerror}\n  where: {error.filename}\n  way out: check its owner and mode",
                 err=True,
             )
             return UsageError.exit_code

@@ -111,7 +111,7 @@ class Progress(AbstractContextManager["Progress"]):
     def __init__(self, stage: str, inputs: Inputs) -> None:
         self._stage, self._events = stage, inputs.workspace.events
         self._told = 0.0
-        self._show: Callable[[float, float], None] = lambda done, total: None
+        self._show: Callable[[float, float], None] = lambda *_: None
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console

@@ -147,7 +147,7 @@ class _FileSink:
     def _copy_by_hand(self, region: Region, to: int) -> None:
         """Through a buffer: where the kernel cannot move, and for rows that lie apart."""
         for piece, offset in self._pieces(region, to):
-            write_all(self._fd, memoryview(self._sources.read(piece)).cast("B"), offset)
+            write_all(self._fd, self._sources.read(piece).data.cast("B"), offset)
             self._context.tick(piece.nbytes)
 
     def _pieces(self, region: Region, to: int) -> Iterator[tuple[Region, int]]:
@@ -189,7 +189,7 @@ class _FileSink:
                     way_out="download this shard again",
                 )
             bits = multiply_out(self._sources.read(piece), rows)
-            write_all(self._fd, memoryview(bits).cast("B"), to + row * weight.width * 2)
+            write_all(self._fd, bits.data.cast("B"), to + row * weight.width * 2)
             self._context.tick(piece.nbytes)
         return to + weight.nbytes * 2
 
@@ -199,7 +199,7 @@ class _FileSink:
         to, to_scale = self._offset(item, 0), self._offset(item, 1)
         for row, piece in self._sources.chunks(op.source.scale, self._context.chunk_bytes // 4):
             part = projection.part(row, piece)
-            write_all(self._fd, memoryview(part.scales).cast("B"), to_scale + row * part.scales.shape[1])
+            write_all(self._fd, part.scales.data.cast("B"), to_scale + row * part.scales.shape[1])
             for at, nibbles in part.patches:
                 write_all(self._fd, nibbles, to + at)
             self.blocks += part.blocks
@@ -212,8 +212,8 @@ class _FileSink:
         weight = op.source.weight
         for row, piece in self._sources.chunks(weight, self._context.chunk_bytes // 4):
             nibbles, scales = projection.part(row, piece)
-            write_all(self._fd, memoryview(nibbles).cast("B"), to + row * weight.width)
-            write_all(self._fd, memoryview(scales).cast("B"), to_scale + row * scales.shape[1])
+            write_all(self._fd, nibbles.data.cast("B"), to + row * weight.width)
+            write_all(self._fd, scales.data.cast("B"), to_scale + row * scales.shape[1])
             self._context.tick(piece.nbytes)
         return to + weight.nbytes
 

@@ -19,7 +19,7 @@ class Follower:
     def __init__(self, fd: int, *, checksum: bool) -> None:
         self._fd = fd
         self._hash = hashlib.sha256() if checksum else None
-        self._final = 0
+        self._final = self._done = 0
         self._aborted = False
         self._closed = False
         self._error: BaseException | None = None
@@ -61,17 +61,16 @@ class Follower:
 
     def _follow(self) -> None:
         buffer = memoryview(bytearray(_PIECE))
-        done = 0
         while not self._aborted:
             with self._moved:
-                self._moved.wait_for(lambda: self._closed or self._final - done >= _PIECE)
+                self._moved.wait_for(lambda: self._closed or self._final - self._done >= _PIECE)
                 final = self._final
-                if self._closed and done == final:
+                if self._closed and self._done == final:
                     return
-            while done < final and not self._aborted:
-                count = min(_PIECE, final - done)
+            while self._done < final and not self._aborted:
+                count = min(_PIECE, final - self._done)
                 if self._hash is not None:
-                    count = os.preadv(self._fd, [buffer[:count]], done)
+                    count = os.preadv(self._fd, [buffer[:count]], self._done)
                     self._hash.update(buffer[:count])
-                os.posix_fadvise(self._fd, done, count, os.POSIX_FADV_DONTNEED)
-                done += count
+                os.posix_fadvise(self._fd, self._done, count, os.POSIX_FADV_DONTNEED)
+                self._done += count

@@ -52,13 +52,13 @@ class Sources:
         """Fill ``out`` [rows, width] (C-contiguous)."""
         fd = self.descriptor(region.file)
         if region.contiguous:
-            self._fill(fd, memoryview(out).cast("B") if out.size else memoryview(b""), region.offset, region)
+            self._fill(fd, out.data.cast("B") if out.size else memoryview(b""), region.offset, region)
         elif region.width >= _SCATTER_WIDTH:
             for row in range(region.rows):
-                self._fill(fd, memoryview(out[row]), region.offset + row * region.pitch, region)
+                self._fill(fd, out[row].data, region.offset + row * region.pitch, region)
         else:
             wide = np.empty((region.rows - 1) * region.pitch + region.width, np.uint8)
-            self._fill(fd, memoryview(wide), region.offset, region)
+            self._fill(fd, wide.data, region.offset, region)
             for row in range(region.rows):
                 out[row] = wide[row * region.pitch : row * region.pitch + region.width]
 

@@ -138,7 +138,7 @@ class Claims:
         holder = self._holder(path)
         me = self._me
         if me["boot"] and all(holder.get(key) == me[key] for key in ("host", "boot", "namespace")):
-            return _started(int(holder["pid"])) != holder["started"]
+            return bool(_started(int(holder["pid"])) != holder["started"])
         try:
             age = self._now() - path.stat().st_mtime
         except FileNotFoundError:

@@ -46,7 +46,9 @@ def observe(events: Iterable[dict[str, Any]], now: float) -> dict[str, StageSeen
 
 def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> StageSeen:
     seen = StageSeen(stage, begun=events[0]["time"], last=events[-1]["time"])
-    fingerprint, done, moving = "", {}, {}
+    fingerprint = ""
+    done: dict[str, dict[str, Any]] = {}
+    moving: dict[str, int] = {}
     last_of: dict[str, dict[str, Any]] = {}
     for event in events:
         last_of[f"{event.get('worker')} on {event.get('host')}"] = event

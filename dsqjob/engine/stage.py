@@ -251,10 +251,10 @@ class StageState:
                 if target.is_file() and target.stat().st_size == output.bytes:
                     target.unlink()
                     removed.append(target)
-        for folder in sorted({path.parent for path in removed}, reverse=True):
-            while folder != self.stage.folder and folder.is_dir() and not any(folder.iterdir()):
+        inside = {folder for path in removed for folder in path.parents if self.stage.folder in folder.parents}
+        for folder in sorted(inside, reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-                folder = folder.parent
         if self.stage.owner is not None and self.stage.folder.is_dir():
             with suppress(FileNotFoundError):
                 (self.stage.folder / OWNER).unlink()

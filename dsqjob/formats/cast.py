@@ -20,7 +20,7 @@ def tensor_exponent(k_max: int | None) -> int:
 
 def cast_tensor_scale(k_max: int | None) -> np.float32:
     """``weight_scale_2``, FP32."""
-    return np.ldexp(np.float32(1), tensor_exponent(k_max))
+    return np.float32(np.ldexp(np.float32(1), tensor_exponent(k_max)))
 
 
 def cast_scales(e8m0: NDArray[np.uint8], k_max: int) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ def _largest_code(words: NDArray[np.uint64], at: int) -> int:
     return int(largest)
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _requantize(words, e8m0, scales, table, saturated, out, out_scales):  # type: ignore[no-untyped-def]
     rows, blocks = words.shape
     too_large = False
@@ -37,7 +37,7 @@ def _requantize(words, e8m0, scales, table, saturated, out, out_scales):  # type
     return too_large
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _keys_present(words, e8m0, present):  # type: ignore[no-untyped-def]
     rows, blocks = words.shape
     for row in range(rows):
@@ -64,7 +64,7 @@ def keys_present(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> NDArray[
     return present
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _bytes_present(data, present):  # type: ignore[no-untyped-def]
     for byte in data:
         present[byte] = True

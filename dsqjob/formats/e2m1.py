@@ -18,7 +18,7 @@ def encode(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     code = np.zeros(x.shape, np.uint8)
     for middle, even in zip(_MIDDLES, _EVEN_ABOVE, strict=True):
         code += magnitude >= middle if even else magnitude > middle
-    return code | ((x < 0).astype(np.uint8) << 3)
+    return np.bitwise_or(code, np.left_shift((x < 0).astype(np.uint8), 3), dtype=np.uint8)
 
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -28,4 +28,4 @@ def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Bytes [..., n] of codes [..., 2n]."""
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+    return np.bitwise_or(codes[..., ::2], np.left_shift(codes[..., 1::2], 4), dtype=np.uint8)

@@ -26,7 +26,7 @@ def encode_scale(s: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Codes of values in [0, 448] (uint8, same shape): nearest, ties to the even code."""
     below = np.searchsorted(_MIDDLES, s, "left")
     tie = (below < 126) & (_MIDDLES[np.minimum(below, 125)] == s) & (below % 2 == 1)
-    return (below + tie).astype(np.uint8)
+    return np.asarray(below + tie, np.uint8)
 
 
 def power_of_two(k: NDArray[np.int64]) -> NDArray[np.uint8]:

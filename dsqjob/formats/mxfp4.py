@@ -28,4 +28,4 @@ def dequantize(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> NDArray[np
     """Values float32 [out, in] of ``packed`` [out, in/2] and ``e8m0`` [out, in/32]; exact, subnormals included."""
     values = e2m1.VALUES[e2m1.unpack(packed)]
     exponents = np.repeat(e8m0.astype(np.int32) - BIAS, BLOCK, axis=-1)
-    return np.ldexp(values, exponents)
+    return np.asarray(np.ldexp(values, exponents), np.float32)

@@ -34,7 +34,8 @@ def input_scale(amax: float) -> np.float32:
 
 def unclamped_scale(block_amax: NDArray[np.float32], scale_2: np.float32) -> NDArray[np.float32]:
     """``max|w| / (6 * weight_scale_2)``, the product first."""
-    return block_amax / (_SIX * scale_2)
+    with np.errstate(over="ignore"):
+        return block_amax / (_SIX * scale_2)
 
 
 def block_scale(block_amax: NDArray[np.float32], scale_2: np.float32) -> NDArray[np.uint8]:
@@ -48,7 +49,7 @@ def encode(w: NDArray[np.float32], scales: NDArray[np.uint8], scale_2: np.float3
     """E2M1 codes [..., n * 16] of ``w`` under block scales [..., n]: product first, one division (step 3)."""
     divisor = e4m3.VALUES[scales] * scale_2
     with np.errstate(over="ignore"):
-        return e2m1.encode(w / np.repeat(divisor, GROUP, axis=-1))
+        return e2m1.encode(np.divide(w, np.repeat(divisor, GROUP, axis=-1), dtype=np.float32))
 
 
 def quantize(w: NDArray[np.float32], amax: float) -> tuple[NDArray[np.uint8], NDArray[np.uint8], np.float32]:

@@ -143,7 +143,7 @@ def _expand(value: Any, environment: Mapping[str, str], place: Path, field: str)
         return [_expand(inner, environment, place, f"{field}[{n}]") for n, inner in enumerate(value)]
     if not isinstance(value, str) or "$" not in value:
         return value
-    text, end = _fill(value, 0, environment, f"{place}: {field}", nested=False)
+    text, _ = _fill(value, 0, environment, f"{place}: {field}", nested=False)
     whole = value.startswith("${") and value.endswith("}")
     return parse(text, field) if whole and re.fullmatch(r"[-+]?\d+|true|false", text) else text
 
@@ -181,7 +181,7 @@ def _variable(text: str, match: re.Match[str], environment: Mapping[str, str], w
     known = environment.get(name)
     if match[3]:
         if known:
-            _, end = _fill(text, end, _Anything(), where, nested=True)
+            end = _fill(text, end, _Anything(), where, nested=True)[1]
             return known, end
         return _fill(text, end, environment, where, nested=True)
     if not text.startswith("}", end):

@@ -158,17 +158,17 @@ class Job(_Section):
     """Peak of one data-parallel worker process, file cache aside: `2GiB`, `512MiB`."""
     checksums: bool = True
     """SHA-256 of every output file, made beside the writing, and SHA256SUMS in the checkpoint."""
-    parallel: Parallel = Field(default_factory=Parallel)
+    parallel: Parallel = Parallel()
     """The shape of a gang."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where calibration runs."""
-    tokens: Tokens = Field(default_factory=Tokens)
+    tokens: Tokens = Tokens()
     """Calibration data."""
-    convert: Convert = Field(default_factory=Convert)
+    convert: Convert = Convert()
     """Release to model-parallel checkpoint."""
-    calibrate: Calibrate = Field(default_factory=Calibrate)
+    calibrate: Calibrate = Calibrate()
     """How amax are measured."""
     export: Export
     """Release to NVFP4 checkpoint."""
-    launcher: Launcher = Field(default_factory=Launcher)
+    launcher: Launcher = Launcher()
     """What starts the workers."""

@@ -249,7 +249,8 @@ def _shard_of(name: str, g: Geometry) -> int:
 
 def _write_shards(folder: Path, tensors: dict[str, Drawn], g: Geometry) -> None:
     count = 2 + g.layers
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number in range(1, count + 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
         mine = [tensor for tensor in tensors.values() if _shard_of(tensor.name, g) == number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -72,7 +73,7 @@ def tokenizer_files(vocabulary: int) -> dict[str, Any]:
 
 
 def _most_common(words: list[list[str]], vocab: dict[str, int]) -> tuple[str, str]:
-    pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+    pairs = Counter(pair for word in words for pair in pairwise(word))
     if not pairs:  # the paragraph is used up: join what was not joined yet
         names = [name for name in vocab if name not in (BOS, EOS)]
         return next((a, b) for a in names for b in names if a + b not in vocab)

@@ -51,7 +51,7 @@ class Finalize(Stage):
             }
         )
 
-    def do(self, unit: Unit, context: Context) -> Done:
+    def do(self, unit: Unit, context: Context) -> Done:  # noqa: ARG002 (there is one)
         records = self._export_records()
         self._sweep()
         outputs = [self._copy(name, context) for name in self._side_files]

@@ -36,8 +36,10 @@ def provenance(inputs: Inputs, totals: Mapping[str, int]) -> dict[str, Any]:
         "weights": inputs.route,
         "input_scale": job.export.input_scale,
         "amax": None if not inputs.calibrated else {"digest": inputs.amax_digest},
-        "cast": dict(totals) if inputs.route == "cast" else None,
+        "cast": None,
     }
+    if inputs.route == "cast":
+        papers["cast"] = {name: totals[name] for name in totals}
     if ledger is not None:
         settled = inputs.settled or {}
         papers["amax"]["about"] = dict(ledger.about)
@@ -58,8 +60,9 @@ def model_card(inputs: Inputs, papers: Mapping[str, Any]) -> str:
     release = papers["release"]
     front = _front_matter(inputs.release)
     keep = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
+    matter: dict[str, Any] = {**keep, "library_name": "Model Optimizer", "tags": ["nvfp4", "modelopt"]}
     lines = [
-        _FRONT + yaml.safe_dump({**keep, "library_name": "Model Optimizer", "tags": ["nvfp4", "modelopt"]}) + _FRONT,
+        _FRONT + yaml.safe_dump(matter) + _FRONT,
         f"# {release['name']}, routed experts in NVFP4",
         "",
         f"Made from the release `{release['name']}` (revision {release['revision'] or 'not recorded'}) by "
@@ -95,7 +98,7 @@ def _input_lines(papers: Mapping[str, Any]) -> list[str]:
     return ["\n\n".join(lines), ""]
 
 
-def _front_matter(release: Release) -> dict[str, Any]:
+def _front_matter(release: Release) -> Mapping[str, Any]:
     """YAML front matter of the release's README, empty where there is none to read."""
     path = release.root / "README.md"
     text = path.read_text(errors="replace") if path.is_file() else ""

@@ -19,6 +19,10 @@ _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = np.array([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], np.float32)
+_E4M3 = np.array(
+    [(b % 8) * 2.0**-9 if b < 8 else (8 + b % 8) * 2.0 ** (b // 8 - 10) for b in range(127)], np.float32
+)
+"""Values of the bytes without sign that are not NaN: mantissa * 2^-9, or (8 + mantissa) * 2^(exponent - 10)."""
 _SIX = np.float32(6.0)
 _SMALLEST, _LARGEST = np.float32(2.0**-9), np.float32(448.0)
 _WINDOW = 17
@@ -72,28 +76,18 @@ def _power(exponent: Any) -> Any:
     return np.float32(math.ldexp(1.0, exponent))
 
 
-@_inline
-def _e4m3(byte: int) -> Any:
-    """Value of a byte without sign that is not NaN: (8 + mantissa) * 2^(exponent - 10), or mantissa * 2^-9."""
-    exponent = byte >> 3
-    mantissa = byte & 7
-    if exponent == 0:
-        return np.float32(mantissa * 0.001953125)
-    return np.float32(math.ldexp(8.0 + mantissa, exponent - 10))
-
-
 @_jit
 def _to_e4m3(value: Any) -> int:
     """Nearest byte of a value in [0, 448], ties to the even mantissa."""
     low, high = 0, 126
     while high - low > 1:
         middle = (low + high) // 2
-        if _e4m3(middle) <= value:
+        if _E4M3[middle] <= value:
             low = middle
         else:
             high = middle
-    down = np.float64(value) - np.float64(_e4m3(low))
-    up = np.float64(_e4m3(high)) - np.float64(value)
+    down = np.float64(value) - np.float64(_E4M3[low])
+    up = np.float64(_E4M3[high]) - np.float64(value)
     if down < up or (down == up and low % 2 == 0):
         return low
     return high
@@ -144,7 +138,7 @@ def _check_equal(source: Any, nibbles: Any, row: int, first: int, tally: Any) ->
 
 
 @_jit
-def _check_cast(source: Any, e8m0: Any, nibbles: Any, scales: Any, k_max: int, tally: Any) -> None:  # noqa: PLR0917
+def _check_cast(source: Any, e8m0: Any, nibbles: Any, scales: Any, k_max: int, tally: Any) -> None:
     m = k_max - 8
     step = _power(m - 9)
     for row in range(e8m0.shape[0]):
@@ -175,7 +169,7 @@ def _check_cast(source: Any, e8m0: Any, nibbles: Any, scales: Any, k_max: int, t
 
 
 @_jit
-def _check_requantize(source: Any, e8m0: Any, nibbles: Any, scales: Any, scale_2: Any, tally: Any) -> None:  # noqa: PLR0917
+def _check_requantize(source: Any, e8m0: Any, nibbles: Any, scales: Any, scale_2: Any, tally: Any) -> None:
     w = np.empty(16, np.float32)
     have = np.empty(16, np.uint8)
     for row in range(scales.shape[0]):
@@ -195,7 +189,7 @@ def _check_requantize(source: Any, e8m0: Any, nibbles: Any, scales: Any, scale_2
                 s = np.float32(1.0)
             scale = _to_e4m3(min(max(s, _SMALLEST), _LARGEST))
             _check_scale(row, block, scale, np.int64(scales[row, block]), tally)
-            step = _e4m3(scale) * scale_2
+            step = _E4M3[scale] * scale_2
             differs = np.uint8(0)
             for i in range(16):
                 differs |= _to_e2m1(w[i] / step) ^ have[i]

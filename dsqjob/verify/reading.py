@@ -18,6 +18,8 @@ from dsqjob.errors import DataError
 Tick = Callable[[int], None]
 _HASH_BYTES = 4 << 20
 _WAIT_S = 0.2
+_LARGEST_PIECE = 8 << 20
+"""Larger pieces are not faster: the allocator would give them back to the system each time."""
 
 
 class ShardFile:
@@ -65,7 +67,7 @@ class Readers:
     """
 
     def __init__(self, chunk_bytes: int, tick: Tick) -> None:
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes = min(chunk_bytes, _LARGEST_PIECE)
         self.tick = tick
         self._open: dict[Path, ShardFile] = {}
 

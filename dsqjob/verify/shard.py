@@ -131,12 +131,12 @@ class _Check:
         shard = release.index[name]
         source = self._readers.get(release.root / shard, release.shards[shard])
         wrong, first = 0, -1
-        for begin, count in pieces(self._shard.entry(name).nbytes, self._readers.chunk_bytes // 2):
+        for begin, count in pieces(self._shard.entry(name).nbytes, self._readers.chunk_bytes // 3):
             ours, theirs = self._shard.read(name, begin, count), source.read(name, begin, count)
-            if ours.data != theirs.data:
-                differs = (ours != theirs).nonzero()[0]
-                first = begin + int(differs[0]) if first < 0 else first
-                wrong += len(differs)
+            differs = ours != theirs
+            if differs.any():
+                first = begin + int(differs.argmax()) if first < 0 else first
+                wrong += int(differs.sum())
             self._tick(count)
         if wrong:
             self._fail("bytes-differ", f"{wrong} bytes differ from the release's, the first at {first}", name)

@@ -10,7 +10,7 @@ import pytest
 from dsqjob.checkpoint.release import open_release
 from dsqjob.verify.findings import ShardReport
 from tests.harness import read_checkpoint
-from tests.verify.pairs import Pair, check_shards, measured, verify
+from tests.verify.pairs import Pair, check_shards, flip_tensor, verify
 
 ROUTES = ("cast", "requantize")
 
@@ -56,29 +56,27 @@ def test_of_the_references_requantization_only_metadata_differs(golden: Path, pa
     assert {finding.id for finding in findings} == {"metadata"}
 
 
-def test_a_weight_amax_that_was_not_measured_is_taken_from_the_weights(golden: Path, pairs: dict[str, Pair]) -> None:
+def test_a_weight_amax_that_was_not_measured_is_taken_from_the_weights(pairs: dict[str, Pair]) -> None:
     pair = pairs["requantize"]
     known = [path for path, value in pair.expected.weight_amax.items() if value is not None]
     unknown = [path for path, value in pair.expected.weight_amax.items() if value is None]
-    assert known, measured(golden / "amax-mp2")
+    assert known
     assert unknown, "the goldens hold experts that saw no token"
     derived = pair._replace(expected=pair.expected.__class__("requantize", "calibrated", {}, pair.expected.input_amax))
     assert verify(derived).findings == ()
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("chunk_bytes", [1, 5000, 1 << 30])
+@pytest.mark.parametrize("chunk_bytes", [3000, 1 << 30])
 def test_the_size_of_pieces_changes_no_report(pairs: dict[str, Pair], route: str, chunk_bytes: int) -> None:
     release = open_release(pairs[route].release)
     shard = "model-00003-of-00005.safetensors"
     usual = list(check_shards(pairs[route], release, only=shard))
-    assert list(check_shards(pairs[route], release, chunk_bytes=max(chunk_bytes, 64), only=shard)) == usual
+    assert list(check_shards(pairs[route], release, chunk_bytes=chunk_bytes, only=shard)) == usual
 
 
 def test_a_report_survives_json(pairs: dict[str, Pair], tmp_path: Path) -> None:
     pair = pairs["cast"].copy(tmp_path)
-    from tests.verify.pairs import flip_tensor
-
     flip_tensor(pair.checkpoint, "layers.0.ffn.experts.0.w1.weight", 3)
     for report in check_shards(pair, open_release(pair.release)):
         assert ShardReport.from_json(json.loads(json.dumps(report.to_json()))) == report
