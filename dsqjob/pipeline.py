@@ -87,6 +87,7 @@ def run_stage(
     if begun and not missing:
         stage.settle()
     else:
+        stage.check()
         state.check_disk()
         state.begin()
         _launch(inputs, stage, len(missing), command, stop, lambda: watch(stage))

@@ -77,9 +77,7 @@ def _import(files: list[Path], target: Path) -> None:
     cause, _, rest = done.stderr.strip().rpartition("\n")[2].partition("\t")
     what, _, where = rest.partition("\t")
     if done.returncode == UsageError.exit_code:
-        raise UsageError(
-            cause, what, where=where, way_out="run it where torch is: pip install 'dsqjob[worker]'"
-        )
+        raise UsageError(cause, what, where=where, way_out="run it where torch is: pip install 'dsqjob[worker]'")
     if done.returncode == DataError.exit_code:
         raise DataError(cause, what, where=where, way_out="calibrate again, or use the amax of an intact run")
     error: DsqjobError = BugError("amax-import", f"importing failed:\n{done.stderr}", where=files[0].parent)

@@ -207,7 +207,7 @@ class _FileSink:
             self._context.tick(piece.nbytes)
 
     def _requantize(self, item: Item, op: Requantize) -> int:
-        projection = RequantizedProjection(op.source, self._scales.of(op), self._sources)
+        projection = RequantizedProjection(op.source, self._scales.amax(op), self._sources)
         to, to_scale = self._offset(item, 0), self._offset(item, 1)
         weight = op.source.weight
         for row, piece in self._sources.chunks(weight, self._context.chunk_bytes // 4):

@@ -29,9 +29,12 @@ class TensorScales:
         """``weight_scale_2`` (FP32) of the operation."""
         if isinstance(op, Cast):
             return cast.cast_tensor_scale(self.exponent(op.sharing))
-        amax = op.amax if op.amax is not None else max(self._largest(source) for source in op.sharing)
         with _blaming(op.source.weight):
-            return nvfp4.weight_scale_2(amax)
+            return nvfp4.weight_scale_2(self.amax(op))
+
+    def amax(self, op: Requantize) -> float:
+        """The plan's amax, or the largest magnitude of all sharing projections."""
+        return op.amax if op.amax is not None else max(self._largest(source) for source in op.sharing)
 
     def exponent(self, sharing: tuple[Mxfp4, ...]) -> int | None:
         """Largest block exponent of all projections, None where every scale byte is 0."""
@@ -53,7 +56,7 @@ class TensorScales:
             for row, piece in self._sources.chunks(source.weight, self._chunk_bytes // 2):
                 scales = self._sources.read(take_rows(source.scale, row, row + piece.rows))
                 with _blaming(source.weight):
-                    largest = max(largest, requantize.amax(self._sources.read(piece), scales))
+                    largest = max(largest, requantize.largest(self._sources.read(piece), scales))
             self._amax[source.path] = largest
         return self._amax[source.path]
 
@@ -94,10 +97,10 @@ class CastProjection:
 
 
 class RequantizedProjection:
-    """One projection requantized with ``weight_scale_2``."""
+    """One projection requantized by its amax."""
 
-    def __init__(self, source: Mxfp4, scale_2: np.float32, sources: Sources) -> None:
-        self._source, self._scale_2, self._sources = source, scale_2, sources
+    def __init__(self, source: Mxfp4, amax: float, sources: Sources) -> None:
+        self._source, self._amax, self._sources = source, amax, sources
 
     def part(self, row: int, weight: Region) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Nibbles [rows, in/2] and block scales [rows, in/16] of the rows whose bytes are ``weight``."""
@@ -106,7 +109,7 @@ class RequantizedProjection:
         nibbles = np.empty_like(packed)
         scales = np.empty((weight.rows, weight.width // 8), np.uint8)
         with _blaming(weight):
-            saturated = requantize.requantize(packed, e8m0, self._scale_2, nibbles, scales)
+            saturated = requantize.requantize(packed, e8m0, self._amax, nibbles, scales)
         if saturated:
             raise DataError(
                 "amax-too-small",

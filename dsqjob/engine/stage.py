@@ -94,6 +94,9 @@ class Stage(ABC):
     disposable: bool = False
     """Whether nothing is lost by beginning again: then a changed fingerprint does so by itself."""
 
+    def check(self) -> None:  # noqa: B027 (most stages can begin at any time)
+        """Refuse to begin while what an earlier stage makes is missing (UsageError)."""
+
     @abstractmethod
     def do(self, unit: Unit, context: Context) -> Done:
         """Make the unit's outputs, publishing each under its final name, and say what was made."""
@@ -140,6 +143,7 @@ class StageState:
 
     def begin(self) -> None:
         """Take the output folder and write down the fingerprint, unless that was done before."""
+        self.stage.check()
         self.workspace.prepare()
         for folder in (self.workspace.records(self.stage.name), self.workspace.claims(self.stage.name)):
             folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ def encode(x: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Codes [..., 2n] of bytes [..., n]."""
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

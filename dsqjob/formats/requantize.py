@@ -16,13 +16,11 @@ from dsqjob.formats import FormatError, e2m1, mxfp4, nvfp4
 _KEYS = 256 * 8
 _LARGEST_FINITE = 254 * 8 + 3
 """Key of 1.5 * 2**127; a larger magnitude of byte 254 is infinite in BF16."""
-_SATURATES = np.float32(448 * 1.001)
-"""Above rounding of the largest block's own scale, below the next BF16 amax."""
 
 
 class _Tables(NamedTuple):
     """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], and whether the
-    scale would exceed 448 [2048]."""
+    magnitude exceeds the amax [2048]."""
 
     scales: NDArray[np.uint8]
     bytes: NDArray[np.uint8]
@@ -37,13 +35,13 @@ def _magnitudes() -> NDArray[np.float32]:
 _MAGNITUDES = _magnitudes()
 
 
-def _tables(scale_2: np.float32, exponents: NDArray[np.int64]) -> _Tables:
+def _tables(amax: float, exponents: NDArray[np.int64]) -> _Tables:
     """Tables for these E8M0 bytes; other keys stay zero."""
+    scale_2 = nvfp4.weight_scale_2(amax)
     block_amax = _MAGNITUDES[exponents]
+    codes = nvfp4.block_scale(block_amax, scale_2)
     with np.errstate(over="ignore"):
-        saturated = nvfp4.unclamped_scale(block_amax, scale_2) > _SATURATES
         values = np.ldexp(e2m1.VALUES, (exponents - mxfp4.BIAS)[:, None].astype(np.int32))
-    codes = nvfp4.block_scale(np.where(saturated, 0, block_amax), scale_2)
     w = np.repeat(values[:, None, :], 8, axis=1)
     with np.errstate(invalid="ignore"):
         new = nvfp4.encode(w, codes[..., None], scale_2)
@@ -51,30 +49,30 @@ def _tables(scale_2: np.float32, exponents: NDArray[np.int64]) -> _Tables:
     keys = (exponents[:, None] * 8 + np.arange(8)).reshape(-1)
     tables.scales[keys] = codes.reshape(-1)
     tables.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
-    tables.saturated[keys] = saturated.reshape(-1)
+    tables.saturated[keys] = (block_amax > np.float32(amax)).reshape(-1)
     return tables
 
 
 def requantize(
     packed: NDArray[np.uint8],
     e8m0: NDArray[np.uint8],
-    scale_2: np.float32,
+    amax: float,
     out: NDArray[np.uint8],
     out_scales: NDArray[np.uint8],
 ) -> bool:
     """Fill ``out`` [rows, in/2] and ``out_scales`` [rows, in/16] from ``packed`` [rows, in/2], ``e8m0`` [rows, in/32]
-    and ``weight_scale_2``; whether a block was larger than the amax behind ``weight_scale_2``.
+    and the tensor's ``amax``; whether a block was larger than that.
 
-    FormatError ``e8m0-nan``.
+    FormatError ``e8m0-nan``, and those of ``nvfp4.weight_scale_2``.
     """
     from dsqjob.formats import compiled
 
     mxfp4.check_scales(e8m0)
-    tables = _tables(scale_2, np.flatnonzero(compiled.bytes_present(e8m0)))
+    tables = _tables(amax, np.flatnonzero(compiled.bytes_present(e8m0)))
     return compiled.requantize(packed, e8m0, tables, out, out_scales)
 
 
-def amax(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> float:
+def largest(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> float:
     """Largest magnitude of the dequantized weight, exact. FormatError ``e8m0-nan``, ``weight-overflow``."""
     from dsqjob.formats import compiled
 

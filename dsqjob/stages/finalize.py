@@ -51,6 +51,9 @@ class Finalize(Stage):
             }
         )
 
+    def check(self) -> None:
+        self._export_records()
+
     def do(self, unit: Unit, context: Context) -> Done:  # noqa: ARG002 (there is one)
         records = self._export_records()
         self._sweep()

@@ -41,6 +41,15 @@ class Verify(Stage):
             }
         )
 
+    def check(self) -> None:
+        if not self.checkpoint.is_dir():
+            raise UsageError(
+                "checkpoint-missing",
+                "there is no checkpoint yet",
+                where=self.checkpoint,
+                way_out="export first: dsqjob run JOB --stage export --through finalize",
+            )
+
     def do(self, unit: Unit, context: Context) -> Done:
         report = check_shard(
             self.checkpoint / unit.id,
@@ -96,13 +105,6 @@ class Verify(Stage):
         return Expected(route, "calibrated", weight, measured)
 
     def _files(self) -> dict[str, list[int]]:
-        if not self.checkpoint.is_dir():
-            raise UsageError(
-                "checkpoint-missing",
-                "there is no checkpoint yet",
-                where=self.checkpoint,
-                way_out="export first: dsqjob run JOB --stage export --through finalize",
-            )
         paths = sorted(path for path in self.checkpoint.rglob("*") if path.is_file())
         return {str(path.relative_to(self.checkpoint)): [(s := path.stat()).st_size, s.st_mtime_ns] for path in paths}
 

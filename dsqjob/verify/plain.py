@@ -19,9 +19,7 @@ _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = np.array([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], np.float32)
-_E4M3 = np.array(
-    [(b % 8) * 2.0**-9 if b < 8 else (8 + b % 8) * 2.0 ** (b // 8 - 10) for b in range(127)], np.float32
-)
+_E4M3 = np.array([(b % 8) * 2.0**-9 if b < 8 else (8 + b % 8) * 2.0 ** (b // 8 - 10) for b in range(127)], np.float32)
 """Values of the bytes without sign that are not NaN: mantissa * 2^-9, or (8 + mantissa) * 2^(exponent - 10)."""
 _SIX = np.float32(6.0)
 _SMALLEST, _LARGEST = np.float32(2.0**-9), np.float32(448.0)

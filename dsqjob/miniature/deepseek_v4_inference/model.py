@@ -335,7 +335,11 @@ class Attention(nn.Module):
 class Gate(nn.Module):
     def __init__(self, layer_id, args):
         super().__init__()
-        self.topk, self.route_scale, self.hash = args.n_activated_experts, args.route_scale, layer_id < args.n_hash_layers
+        self.topk, self.route_scale, self.hash = (
+            args.n_activated_experts,
+            args.route_scale,
+            layer_id < args.n_hash_layers,
+        )
         self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim), requires_grad=False)
         if self.hash:
             table = torch.empty(args.vocab_size, self.topk, dtype=torch.int32)
