@@ -22,7 +22,7 @@ from dsqjob.dataplan.plan import (
     Region,
     Requantize,
 )
-from dsqjob.dataplan.projections import CastProjection, RequantizedProjection, TensorScales
+from dsqjob.dataplan.projections import COMPUTE_BYTES, CastProjection, RequantizedProjection, TensorScales
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.publish import publishing, write_all
 from dsqjob.engine.stage import Context
@@ -71,7 +71,7 @@ def pour_file(plan: FilePlan, path: Path, sources: Sources, context: Context, *,
 class _FileSink:
     def __init__(self, fd: int, layout: Layout, sources: Sources, context: Context, follower: Follower) -> None:
         self._fd, self._layout, self._sources, self._context, self._follower = fd, layout, sources, context, follower
-        self._scales = TensorScales(sources, context.chunk_bytes)
+        self._scales = TensorScales(sources)
         self._movable = True
         self.blocks = self.lossless = 0
 
@@ -178,7 +178,7 @@ class _FileSink:
 
     def _multiply_out(self, weight: Region, scale: Region, to: int) -> int:
         scales = self._sources.read(scale)
-        for row, piece in self._sources.chunks(weight, self._context.chunk_bytes // 4, multiple=_BLOCK):
+        for row, piece in self._sources.chunks(weight, COMPUTE_BYTES, multiple=_BLOCK):
             block = row // _BLOCK
             rows = scales[block : block + -(-piece.rows // _BLOCK)]
             if (rows == 255).any():
@@ -197,7 +197,7 @@ class _FileSink:
         """The block scales of a cast projection, and the blocks whose nibbles do not stay."""
         projection = CastProjection(op.source, self._scales.exponent(op.sharing), self._sources)
         to, to_scale = self._offset(item, 0), self._offset(item, 1)
-        for row, piece in self._sources.chunks(op.source.scale, self._context.chunk_bytes // 4):
+        for row, piece in self._sources.chunks(op.source.scale, COMPUTE_BYTES):
             part = projection.part(row, piece)
             write_all(self._fd, part.scales.data.cast("B"), to_scale + row * part.scales.shape[1])
             for at, nibbles in part.patches:
@@ -210,7 +210,7 @@ class _FileSink:
         projection = RequantizedProjection(op.source, self._scales.amax(op), self._sources)
         to, to_scale = self._offset(item, 0), self._offset(item, 1)
         weight = op.source.weight
-        for row, piece in self._sources.chunks(weight, self._context.chunk_bytes // 4):
+        for row, piece in self._sources.chunks(weight, COMPUTE_BYTES):
             nibbles, scales = projection.part(row, piece)
             write_all(self._fd, nibbles.data.cast("B"), to + row * weight.width)
             write_all(self._fd, scales.data.cast("B"), to_scale + row * scales.shape[1])

@@ -13,6 +13,8 @@ from dsqjob.dataplan.sources import Sources
 from dsqjob.errors import DataError
 from dsqjob.formats import FormatError, cast, mxfp4, nvfp4, requantize
 
+COMPUTE_BYTES = 1 << 20
+"""Pieces that pass through loops: small enough for the cache, and for the allocator to give the same memory again."""
 _BLOCK_BYTES = 16
 """Nibble bytes of one MXFP4 block of 32 elements."""
 
@@ -20,8 +22,8 @@ _BLOCK_BYTES = 16
 class TensorScales:
     """``weight_scale_2`` of groups of projections, each read once."""
 
-    def __init__(self, sources: Sources, chunk_bytes: int) -> None:
-        self._sources, self._chunk_bytes = sources, chunk_bytes
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._exponents: dict[str, int | None] = {}
         self._amax: dict[str, float] = {}
 
@@ -44,7 +46,7 @@ class TensorScales:
     def _exponent(self, source: Mxfp4) -> int | None:
         if source.path not in self._exponents:
             found = []
-            for _, piece in self._sources.chunks(source.scale, self._chunk_bytes):
+            for _, piece in self._sources.chunks(source.scale, COMPUTE_BYTES):
                 with _blaming(source.scale):
                     found.append(mxfp4.max_exponent(self._sources.read(piece)))
             self._exponents[source.path] = max((k for k in found if k is not None), default=None)
@@ -53,7 +55,7 @@ class TensorScales:
     def _largest(self, source: Mxfp4) -> float:
         if source.path not in self._amax:
             largest = 0.0
-            for row, piece in self._sources.chunks(source.weight, self._chunk_bytes // 2):
+            for row, piece in self._sources.chunks(source.weight, COMPUTE_BYTES):
                 scales = self._sources.read(take_rows(source.scale, row, row + piece.rows))
                 with _blaming(source.weight):
                     largest = max(largest, requantize.largest(self._sources.read(piece), scales))
@@ -100,7 +102,13 @@ class RequantizedProjection:
     """One projection requantized by its amax."""
 
     def __init__(self, source: Mxfp4, amax: float, sources: Sources) -> None:
-        self._source, self._amax, self._sources = source, amax, sources
+        self._source, self._sources = source, sources
+        present = np.zeros(256, np.bool_)
+        with _blaming(source.scale):
+            for _, piece in sources.chunks(source.scale, COMPUTE_BYTES):
+                present |= requantize.bytes_present(sources.read(piece))
+        with _blaming(source.weight):
+            self._tables = requantize.tables(amax, present)
 
     def part(self, row: int, weight: Region) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Nibbles [rows, in/2] and block scales [rows, in/16] of the rows whose bytes are ``weight``."""
@@ -108,8 +116,7 @@ class RequantizedProjection:
         e8m0 = self._sources.read(take_rows(self._source.scale, row, row + weight.rows))
         nibbles = np.empty_like(packed)
         scales = np.empty((weight.rows, weight.width // 8), np.uint8)
-        with _blaming(weight):
-            saturated = requantize.requantize(packed, e8m0, self._amax, nibbles, scales)
+        saturated = requantize.requantize(packed, e8m0, self._tables, nibbles, scales)
         if saturated:
             raise DataError(
                 "amax-too-small",

@@ -7,32 +7,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+_ONES = np.uint64(0x1111111111111111)
+_NONE = np.uint64(0)
+
+
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _largest_code(words: NDArray[np.uint64], at: int) -> int:
-    """Largest magnitude code of the 16 nibbles of one word."""
-    word = words[at] & np.uint64(0x7777777777777777)
-    largest = np.uint64(0)
-    for shift in range(0, 64, 4):
-        code = (word >> np.uint64(shift)) & np.uint64(7)
-        largest = max(largest, code)
-    return int(largest)
+def _largest_code(word: np.uint64) -> int:
+    """Largest magnitude code of the 16 nibbles of a word: bit by bit, among those that have all higher bits of it."""
+    fours = (word >> np.uint64(2)) & _ONES
+    left = fours if fours != _NONE else _ONES
+    twos = (word >> np.uint64(1)) & left
+    left = twos if twos != _NONE else left
+    ones = word & left
+    return int(fours != _NONE) * 4 + int(twos != _NONE) * 2 + int(ones != _NONE)
 
 
 @numba.njit(cache=True, nogil=True)
-def _requantize(words, e8m0, scales, table, saturated, out, out_scales):  # type: ignore[no-untyped-def]
+def _requantize(words, e8m0, scales, table, same, saturated, out, out_scales):  # type: ignore[no-untyped-def]
     rows, blocks = words.shape
     too_large = False
     for row in range(rows):
         for block in range(blocks):
-            key = int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row], block)
+            key = int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row, block])
             too_large |= saturated[key]
             out_scales[row, block] = scales[key]
-            line = table[key]
             word = words[row, block]
+            if same[key]:
+                out[row, block] = word
+                continue
             new = np.uint64(0)
             for shift in range(0, 64, 8):
                 byte = (word >> np.uint64(shift)) & np.uint64(255)
-                new |= np.uint64(line[byte]) << np.uint64(shift)
+                new |= np.uint64(table[key, byte]) << np.uint64(shift)
             out[row, block] = new
     return too_large
 
@@ -42,17 +48,17 @@ def _keys_present(words, e8m0, present):  # type: ignore[no-untyped-def]
     rows, blocks = words.shape
     for row in range(rows):
         for block in range(blocks):
-            present[int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row], block)] = True
+            present[int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row, block])] = True
 
 
 def requantize(
     packed: NDArray[np.uint8],
     e8m0: NDArray[np.uint8],
-    tables: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]],
+    tables: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_], NDArray[np.bool_]],
     out: NDArray[np.uint8],
     out_scales: NDArray[np.uint8],
 ) -> bool:
-    """Apply scales [2048], bytes [2048, 256] and saturated [2048] to every 16-element block; whether one saturated."""
+    """Apply scales [2048], bytes [2048, 256], same and saturated [2048] to every 16-element block; whether one saturated."""
     return bool(_requantize(packed.view(np.uint64), e8m0, *tables, out.view(np.uint64), out_scales))
 
 

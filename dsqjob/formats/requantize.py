@@ -18,12 +18,13 @@ _LARGEST_FINITE = 254 * 8 + 3
 """Key of 1.5 * 2**127; a larger magnitude of byte 254 is infinite in BF16."""
 
 
-class _Tables(NamedTuple):
-    """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], and whether the
-    magnitude exceeds the amax [2048]."""
+class Tables(NamedTuple):
+    """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], whether no byte
+    changes [2048], and whether the magnitude exceeds the amax [2048]."""
 
     scales: NDArray[np.uint8]
     bytes: NDArray[np.uint8]
+    same: NDArray[np.bool_]
     saturated: NDArray[np.bool_]
 
 
@@ -35,8 +36,22 @@ def _magnitudes() -> NDArray[np.float32]:
 _MAGNITUDES = _magnitudes()
 
 
-def _tables(amax: float, exponents: NDArray[np.int64]) -> _Tables:
-    """Tables for these E8M0 bytes; other keys stay zero."""
+def bytes_present(e8m0: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which E8M0 bytes occur, bool [256]. FormatError ``e8m0-nan``."""
+    from dsqjob.formats import compiled
+
+    present = compiled.bytes_present(e8m0)
+    if present[255]:
+        raise FormatError("e8m0-nan", "a block scale is 255 (NaN)")
+    return present
+
+
+def tables(amax: float, present: NDArray[np.bool_]) -> Tables:
+    """Tables of a tensor with this ``amax`` for the E8M0 bytes that occur (bool [256]); other keys stay zero.
+
+    FormatError: those of ``nvfp4.weight_scale_2``.
+    """
+    exponents = np.flatnonzero(present)
     scale_2 = nvfp4.weight_scale_2(amax)
     block_amax = _MAGNITUDES[exponents]
     codes = nvfp4.block_scale(block_amax, scale_2)
@@ -45,31 +60,30 @@ def _tables(amax: float, exponents: NDArray[np.int64]) -> _Tables:
     w = np.repeat(values[:, None, :], 8, axis=1)
     with np.errstate(invalid="ignore"):
         new = nvfp4.encode(w, codes[..., None], scale_2)
-    tables = _Tables(np.zeros(_KEYS, np.uint8), np.zeros((_KEYS, 256), np.uint8), np.zeros(_KEYS, np.bool_))
+    flags = np.zeros((2, _KEYS), np.bool_)
+    made = Tables(np.zeros(_KEYS, np.uint8), np.zeros((_KEYS, 256), np.uint8), *flags)
     keys = (exponents[:, None] * 8 + np.arange(8)).reshape(-1)
-    tables.scales[keys] = codes.reshape(-1)
-    tables.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
-    tables.saturated[keys] = (block_amax > np.float32(amax)).reshape(-1)
-    return tables
+    made.scales[keys] = codes.reshape(-1)
+    made.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
+    reachable = np.arange(16) % 8 <= np.arange(8)[:, None]
+    unchanged = (new == np.arange(16)) | ~reachable
+    made.same[keys] = unchanged.all(axis=-1).reshape(-1)
+    made.saturated[keys] = (block_amax > np.float32(amax)).reshape(-1)
+    return made
 
 
 def requantize(
     packed: NDArray[np.uint8],
     e8m0: NDArray[np.uint8],
-    amax: float,
+    by_key: Tables,
     out: NDArray[np.uint8],
     out_scales: NDArray[np.uint8],
 ) -> bool:
-    """Fill ``out`` [rows, in/2] and ``out_scales`` [rows, in/16] from ``packed`` [rows, in/2], ``e8m0`` [rows, in/32]
-    and the tensor's ``amax``; whether a block was larger than that.
-
-    FormatError ``e8m0-nan``, and those of ``nvfp4.weight_scale_2``.
-    """
+    """Fill ``out`` [rows, in/2] and ``out_scales`` [rows, in/16] from ``packed`` [rows, in/2] and ``e8m0``
+    [rows, in/32]; whether a block was larger than the tables' amax. ``by_key`` must know every byte of ``e8m0``."""
     from dsqjob.formats import compiled
 
-    mxfp4.check_scales(e8m0)
-    tables = _tables(amax, np.flatnonzero(compiled.bytes_present(e8m0)))
-    return compiled.requantize(packed, e8m0, tables, out, out_scales)
+    return compiled.requantize(packed, e8m0, by_key, out, out_scales)
 
 
 def largest(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> float:

@@ -83,6 +83,8 @@ def check_folder(
     if README not in files:
         findings.append(_fail("file-missing", "there is no model card", README))
     if release is not None:
+        absent = sorted(name for name in release.shards if name not in files)
+        findings += [_fail("shard-missing", "the release has a shard of this name", name) for name in absent]
         findings += _check_side_files(checkpoint, release, files, tick)
     else:
         findings += _check_other_json(checkpoint, files)

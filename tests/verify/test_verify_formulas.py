@@ -26,19 +26,31 @@ def dequantized(packed: np.ndarray, e8m0: np.ndarray) -> np.ndarray:
     return VALUES[codes] * np.repeat(np.ldexp(np.float32(1), e8m0.astype(np.int32) - 127), 32, axis=1)
 
 
+def against_modelopt(packed: np.ndarray, e8m0: np.ndarray, scale_2: np.float32) -> plain.Outcome:
+    w = torch.from_numpy(dequantized(packed, e8m0)).to(torch.bfloat16)
+    quantized, scales, _ = NVFP4QTensor.quantize(w, 16, weights_scaling_factor_2=torch.tensor(scale_2))
+    nibbles, blocks = quantized._quantized_data.numpy(), scales.view(torch.uint8).numpy()
+    return plain.check_requantize(packed, e8m0, nibbles, blocks, scale_2)
+
+
 @pytest.mark.parametrize(("low", "high"), [(118, 124), (90, 128), (0, 200), (0, 30)])
 @pytest.mark.parametrize("shrink", [1.0, 1.37, 700.0])
 def test_requantizing_agrees_with_modelopt(low: int, high: int, shrink: float) -> None:
     """Also where the recorded amax is not the weight's own."""
     packed, e8m0 = mxfp4(low + high, low, high)
-    w = dequantized(packed, e8m0)
-    scale_2 = np.float32(np.abs(w).max() * shrink) / np.float32(2688)
-    quantized, scales, _ = NVFP4QTensor.quantize(
-        torch.from_numpy(w).to(torch.bfloat16), 16, weights_scaling_factor_2=torch.tensor(scale_2)
-    )
-    nibbles, blocks = quantized._quantized_data.numpy(), scales.view(torch.uint8).numpy()
-    outcome = plain.check_requantize(packed, e8m0, nibbles, blocks, scale_2)
-    assert outcome[:2] == (None, None)
+    scale_2 = np.float32(np.abs(dequantized(packed, e8m0)).max() * shrink) / np.float32(2688)
+    assert against_modelopt(packed, e8m0, scale_2)[:2] == (None, None)
+
+
+@pytest.mark.parametrize("odd", [1, 3, 5, 7, *range(17, 33, 2)])
+def test_ties_agree_with_modelopt(odd: int) -> None:
+    """Tensor scales under which block scales and elements fall between two codes."""
+    packed, e8m0 = mxfp4(odd, 112, 128, rows=24)
+    packed[:, ::16] &= 0x77
+    packed[2:8] &= 0x33
+    for k in (-6, 3, 12):
+        for divisor in (odd, odd / 3, 6 * odd):
+            assert against_modelopt(packed, e8m0, np.float32(2.0**k / divisor))[:2] == (None, None)
 
 
 def test_the_first_difference_is_named_and_all_are_counted() -> None:
@@ -59,7 +71,7 @@ def test_the_first_difference_is_named_and_all_are_counted() -> None:
 def test_the_cast_keeps_values_inside_the_window_and_rounds_outside(distance: int) -> None:
     """One block far below the largest exponent; 0.5 of it survives up to the value 6 of the smallest scale."""
     packed = np.zeros((1, 48), np.uint8)
-    packed[0, :16], packed[0, 16:32], packed[0, 32:] = 0x77, 0x88, 0x74
+    packed[0, :16], packed[0, 16:32], packed[0, 32:] = 0x77, 0x88, [0x10, 0x32, 0x54, 0x76] * 4
     e8m0 = np.array([[130, 130 - distance, 130 - distance]], np.uint8)
     step = 2.0 ** (3 - 17)
     w = dequantized(packed, e8m0)[0, 64:] / step
