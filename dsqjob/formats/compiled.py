@@ -6,9 +6,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-
 _ONES = np.uint64(0x1111111111111111)
 _NONE = np.uint64(0)
+_MAGNITUDES = np.uint64(0x7777777777777777)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
@@ -22,6 +22,14 @@ def _largest_code(word: np.uint64) -> int:
     return int(fours != _NONE) * 4 + int(twos != _NONE) * 2 + int(ones != _NONE)
 
 
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def _without_negative_zeros(word: np.uint64) -> np.uint64:
+    """The word with code 8 replaced by code 0, as rounding does."""
+    not_zero = (word | (word >> np.uint64(1)) | (word >> np.uint64(2))) & _ONES
+    signs = (word >> np.uint64(3)) & not_zero
+    return (word & _MAGNITUDES) | (signs << np.uint64(3))
+
+
 @numba.njit(cache=True, nogil=True)
 def _requantize(words, e8m0, scales, table, same, saturated, out, out_scales):  # type: ignore[no-untyped-def]
     rows, blocks = words.shape
@@ -33,7 +41,7 @@ def _requantize(words, e8m0, scales, table, same, saturated, out, out_scales):  
             out_scales[row, block] = scales[key]
             word = words[row, block]
             if same[key]:
-                out[row, block] = word
+                out[row, block] = _without_negative_zeros(word)
                 continue
             new = np.uint64(0)
             for shift in range(0, 64, 8):
@@ -58,7 +66,7 @@ def requantize(
     out: NDArray[np.uint8],
     out_scales: NDArray[np.uint8],
 ) -> bool:
-    """Apply scales [2048], bytes [2048, 256], same and saturated [2048] to every 16-element block; whether one saturated."""
+    """Apply scales [2048], bytes [2048, 256], same and saturated [2048] to every block of 16; whether one saturated."""
     return bool(_requantize(packed.view(np.uint64), e8m0, *tables, out.view(np.uint64), out_scales))
 
 

@@ -6,6 +6,7 @@ the arithmetic is done once for each such key, and a compiled loop applies the t
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,12 @@ from numpy.typing import NDArray
 from dsqjob.formats import FormatError, e2m1, mxfp4, nvfp4
 
 _KEYS = 256 * 8
-_LARGEST_FINITE = 254 * 8 + 3
-"""Key of 1.5 * 2**127; a larger magnitude of byte 254 is infinite in BF16."""
+_NEGATIVE_ZERO = 8
 
 
 class Tables(NamedTuple):
-    """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], whether no byte
-    changes [2048], and whether the magnitude exceeds the amax [2048]."""
+    """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], whether no code
+    but negative zero changes [2048], and whether the magnitude exceeds the amax [2048]."""
 
     scales: NDArray[np.uint8]
     bytes: NDArray[np.uint8]
@@ -66,7 +66,7 @@ def tables(amax: float, present: NDArray[np.bool_]) -> Tables:
     made.scales[keys] = codes.reshape(-1)
     made.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
     reachable = np.arange(16) % 8 <= np.arange(8)[:, None]
-    unchanged = (new == np.arange(16)) | ~reachable
+    unchanged = (new == np.arange(16)) | ~reachable | (np.arange(16) == _NEGATIVE_ZERO)
     made.same[keys] = unchanged.all(axis=-1).reshape(-1)
     made.saturated[keys] = (block_amax > np.float32(amax)).reshape(-1)
     return made
@@ -94,6 +94,7 @@ def largest(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> float:
     keys = np.flatnonzero(compiled.keys_present(packed, e8m0))
     if not len(keys):
         return 0.0
-    if keys[-1] > _LARGEST_FINITE:
+    found = float(_MAGNITUDES.reshape(-1)[keys].max())
+    if not math.isfinite(found):
         raise FormatError("weight-overflow", "a weight is larger than BF16 can hold")
-    return float(_MAGNITUDES.reshape(-1)[keys].max())
+    return found

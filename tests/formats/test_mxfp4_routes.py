@@ -32,7 +32,7 @@ def cast_whole(packed: np.ndarray, e8m0: np.ndarray, k_max: int) -> tuple[np.nda
 
 tensors = st.tuples(
     arrays(np.uint8, (3, 64), elements=st.one_of(st.just(0), st.just(0x80), st.just(0x08), st.integers(0, 255))),
-    arrays(np.uint8, (3, 4), elements=st.one_of(st.just(0), st.integers(90, 130), st.integers(0, 253))),
+    arrays(np.uint8, (3, 4), elements=st.one_of(st.just(0), st.integers(90, 130), st.integers(0, 252))),
 )
 
 
@@ -128,10 +128,12 @@ def test_amax_is_a_magnitude_not_a_key() -> None:
 
 
 def test_weights_beyond_bf16_are_refused() -> None:
-    packed, e8m0 = np.full((1, 16), 0x44, np.uint8), np.array([[254]], np.uint8)
-    with pytest.raises(FormatError) as caught:
-        requantize.largest(packed, e8m0)
-    assert caught.value.id == "weight-overflow"
+    for byte, code in ((254, 4), (253, 6), (253, 7)):
+        packed, e8m0 = np.full((1, 16), code, np.uint8), np.array([[byte]], np.uint8)
+        with pytest.raises(FormatError) as caught:
+            requantize.largest(packed, e8m0)
+        assert caught.value.id == "weight-overflow"
+    assert requantize.largest(np.full((1, 16), 3, np.uint8), np.array([[254]], np.uint8)) == 1.5 * 2.0**127
 
 
 def test_fp8_is_multiplied_out_as_torch_does_with_partial_blocks() -> None:
