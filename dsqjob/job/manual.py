@@ -28,8 +28,10 @@ def _lines(model: type[BaseModel], indent: str) -> list[str]:
         lines.append(head)
         text = " ".join((field.description or "").split())
         lines += textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
+        if listed:
+            lines.append(f"{indent}  each item:")
         if inner is not None:
-            lines += _lines(inner, indent + ("  - " if listed else "  "))
+            lines += _lines(inner, indent + ("    " if listed else "  "))
     return lines
 
 
@@ -44,6 +46,7 @@ def _type(field: FieldInfo) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return " | ".join(choices)
+    choices = tuple(getattr(one, "__origin__", one) for one in choices)  # Annotated[int, ...] is an int
     names = [one.__name__ for one in (choices or (annotation,)) if one is not None and hasattr(one, "__name__")]
     return (
         "list" if getattr(annotation, "__origin__", None) is list else " or ".join(n for n in names if n != "NoneType")
@@ -53,7 +56,9 @@ def _type(field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ", required"
-    value = field.get_default(call_default_factory=False)
-    if value is None or value == DERIVED:
+    value = field.default
+    if field.default_factory is not None or value is None or value == DERIVED:
         return ""
-    return f", default {value}"
+    if type(value) is int and value >= 1 << 30:
+        return f", default {value >> 30}GiB"
+    return f", default {str(value).lower() if isinstance(value, bool) else value}"

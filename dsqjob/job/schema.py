@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = re.compile(r"(\d+)\s*([A-Za-z]*)")
@@ -32,6 +32,10 @@ def _memory(value: Any) -> int:
     return found
 
 
+Count = Annotated[int, Strict(), Field(ge=1)]
+"""At least 1; text that looks like a number is none."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
@@ -39,12 +43,12 @@ class _Section(BaseModel):
 class Parallel(_Section):
     """The shape of a gang: how many ranks hold one model."""
 
-    model_parallel: int = Field(8, ge=1)
+    model_parallel: Count = 8
     """Ranks that share the model; must divide heads, o_groups, vocabulary and experts. 8 needs H200-class GPUs, 80 GB
     cards need 16."""
-    nodes: int = Field(1, ge=1)
+    nodes: Count = 1
     """Machines that the ranks are spread over."""
-    gpus_per_node: int = Field(8, ge=1)
+    gpus_per_node: Count = 8
     """Ranks on each machine; nodes times gpus_per_node is model_parallel."""
 
     @model_validator(mode="after")
@@ -65,7 +69,7 @@ class TokenSource(_Section):
     """A file of JSON lines."""
     tokens: Path | None = None
     """Token ids made before: safetensors, `input_ids` int64 [N, S]."""
-    samples: int | None = Field(None, ge=1)
+    samples: Count | None = None
     """How many samples to take of a data set or a file of lines."""
 
     @model_validator(mode="after")
@@ -87,7 +91,7 @@ class Tokens(_Section):
 
     data: list[TokenSource] = Field(default_factory=_default_tokens, min_length=1)
     """Sources in order; by default 64 samples each of cnn_dailymail and nemotron-post-training-dataset-v2."""
-    sequence_length: int = Field(512, ge=1)
+    sequence_length: Count = 512
     """Tokens a sample, at most."""
 
 
@@ -105,7 +109,7 @@ class Calibrate(_Section):
     """Where ranks read weights: slices of the release, or a model-parallel checkpoint (then `run` converts first)."""
     mp_checkpoint: Path = DERIVED
     """The model-parallel checkpoint. Default: convert.output."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: Count = 4
     """Samples a forward."""
     output: Path = DERIVED
     """Folder for the amax. Default: `<workspace>/amax`."""
@@ -132,9 +136,9 @@ class Launcher(_Section):
 
     kind: str = "local"
     """local: processes of this machine."""
-    workers: int = Field(2, ge=1)
+    workers: Count = 2
     """Processes that share a data-parallel stage."""
-    max_faults: int = Field(0, ge=0)
+    max_faults: Annotated[int, Strict(), Field(ge=0)] = 0
     """How often, in all, a worker that died is started again."""
 
 
@@ -156,7 +160,7 @@ class Job(_Section):
     """Folder for state, logs, reports and default outputs; on a file system that all workers share."""
     memory: Annotated[int, BeforeValidator(_memory)] = 2 << 30
     """Peak of one data-parallel worker process, file cache aside: `2GiB`, `512MiB`."""
-    checksums: bool = True
+    checksums: Annotated[bool, Strict()] = True
     """SHA-256 of every output file, made beside the writing, and SHA256SUMS in the checkpoint."""
     parallel: Parallel = Parallel()
     """The shape of a gang."""

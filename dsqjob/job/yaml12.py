@@ -71,6 +71,7 @@ def parse(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark is not None else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError("job-yaml", f"not YAML: {problem}", where=where, way_out=_FIX) from None
+        hint = "; inside braces and brackets write '${NAME}' with quotes" if "${" in text else ""
+        raise UsageError("job-yaml", f"not YAML: {problem}", where=where, way_out=_FIX + hint) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError("job-yaml", f"not YAML: {error}", where=name, way_out=_FIX) from None

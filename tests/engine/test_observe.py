@@ -1,0 +1,55 @@
+"""Status is a function of the events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsqjob.engine.events import EventLog, read_events
+from dsqjob.engine.observe import observe
+
+
+def event(time: float, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"time": time, "event": kind, "worker": "export-0/1", "host": "h", "stage": "export", **fields}
+
+
+BEGIN = event(0, "stage", units=3, bytes=300, fingerprint="f")
+
+
+def test_progress_rate_and_time_left() -> None:
+    seen = observe(
+        [BEGIN, event(0, "unit", unit="a"), event(10, "unit-done", unit="a", bytes=100, seconds=10),
+         event(10, "unit", unit="b"), event(15, "progress", unit="b", bytes=50)], now=20)["export"]  # fmt: skip
+    assert (seen.state, seen.units_done, seen.units, seen.bytes_done) == ("running", 1, 3, 150)
+    assert seen.rate == 5.0 and seen.seconds_left == 30.0 and seen.workers == ["export-0/1 on h"]
+
+
+def test_a_unit_done_twice_counts_once_and_another_run_goes_on() -> None:
+    done = event(1, "unit-done", unit="a", bytes=100, seconds=1)
+    seen = observe([BEGIN, done, event(2, "stage", units=3, bytes=300, fingerprint="f"), {**done, "time": 3}], 4)
+    assert seen["export"].units_done == 1
+
+
+def test_states() -> None:
+    assert observe([BEGIN], 1000)["export"].state == "quiet"
+    failed = observe([BEGIN, event(1, "error", id="x", what="w", where="p", code=65)], 2)["export"]
+    assert failed.state == "failed" and "[x] w (p)" in failed.error
+    assert observe([BEGIN, event(1, "error", id="i", what="", where="", code=75)], 2)["export"].state == "interrupted"
+    assert observe([BEGIN, event(1, "error", id="i", code=75), {**BEGIN, "time": 2}], 3)["export"].state == "running"
+    assert observe([BEGIN, event(1, "stage-done")], 2)["export"].state == "done"
+
+
+def test_a_restart_and_another_fingerprint_forget() -> None:
+    done = event(1, "unit-done", unit="a", bytes=100, seconds=1)
+    assert observe([BEGIN, done, event(2, "restart")], 3)["export"].units_done == 0
+    other = event(2, "stage", units=2, bytes=10, fingerprint="g")
+    assert observe([BEGIN, done, other], 3)["export"].units_done == 0
+
+
+def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, worker="w", host="h")
+    log.write("unit", unit="a")
+    log.write("unit", unit="b")
+    path = next(tmp_path.iterdir())
+    path.write_text(path.read_text()[:-10])
+    assert [found["unit"] for found in read_events(tmp_path)] == ["a"]
