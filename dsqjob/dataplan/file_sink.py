@@ -26,8 +26,9 @@ from dsqjob.dataplan.projections import COMPUTE_BYTES, CastProjection, Requantiz
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.publish import publishing, write_all
 from dsqjob.engine.stage import Context
-from dsqjob.errors import BugError, DataError
+from dsqjob.errors import BugError
 from dsqjob.formats.fp8 import multiply_out
+from dsqjob.formats.mxfp4 import check_scales
 
 _MOVE = 64 << 20
 _NOT_MOVABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
@@ -181,13 +182,8 @@ class _FileSink:
         for row, piece in self._sources.chunks(weight, COMPUTE_BYTES, multiple=_BLOCK):
             block = row // _BLOCK
             rows = scales[block : block + -(-piece.rows // _BLOCK)]
-            if (rows == 255).any():
-                raise DataError(
-                    "e8m0-nan",
-                    "a block scale is 255 (NaN)",
-                    where=f"{scale.file}: {scale.tensor}",
-                    way_out="download this shard again",
-                )
+            with self._sources.blaming(scale):
+                check_scales(rows)
             bits = multiply_out(self._sources.read(piece), rows)
             write_all(self._fd, bits.data.cast("B"), to + row * weight.width * 2)
             self._context.tick(piece.nbytes)

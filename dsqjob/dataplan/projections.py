@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dsqjob.dataplan.plan import Cast, Mxfp4, Region, Requantize, take_rows
 from dsqjob.dataplan.sources import Sources
 from dsqjob.errors import DataError
-from dsqjob.formats import FormatError, cast, mxfp4, nvfp4, requantize
+from dsqjob.formats import cast, mxfp4, nvfp4, requantize
 
 COMPUTE_BYTES = 1 << 20
 """Pieces that pass through loops: small enough for the cache, and for the allocator to give the same memory again."""
@@ -31,7 +31,7 @@ class TensorScales:
         """``weight_scale_2`` (FP32) of the operation."""
         if isinstance(op, Cast):
             return cast.cast_tensor_scale(self.exponent(op.sharing))
-        with _blaming(op.source.weight):
+        with self._sources.blaming(op.source.weight):
             return nvfp4.weight_scale_2(self.amax(op))
 
     def amax(self, op: Requantize) -> float:
@@ -47,7 +47,7 @@ class TensorScales:
         if source.path not in self._exponents:
             found = []
             for _, piece in self._sources.chunks(source.scale, COMPUTE_BYTES):
-                with _blaming(source.scale):
+                with self._sources.blaming(source.scale):
                     found.append(mxfp4.max_exponent(self._sources.read(piece)))
             self._exponents[source.path] = max((k for k in found if k is not None), default=None)
         return self._exponents[source.path]
@@ -57,7 +57,9 @@ class TensorScales:
             largest = 0.0
             for row, piece in self._sources.chunks(source.weight, COMPUTE_BYTES):
                 scales = self._sources.read(take_rows(source.scale, row, row + piece.rows))
-                with _blaming(source.weight):
+                with self._sources.blaming(source.scale):
+                    mxfp4.check_scales(scales)
+                with self._sources.blaming(source.weight):
                     largest = max(largest, requantize.largest(self._sources.read(piece), scales))
             self._amax[source.path] = largest
         return self._amax[source.path]
@@ -104,10 +106,10 @@ class RequantizedProjection:
     def __init__(self, source: Mxfp4, amax: float, sources: Sources) -> None:
         self._source, self._sources = source, sources
         present = np.zeros(256, np.bool_)
-        with _blaming(source.scale):
+        with sources.blaming(source.scale):
             for _, piece in sources.chunks(source.scale, COMPUTE_BYTES):
                 present |= requantize.bytes_present(sources.read(piece))
-        with _blaming(source.weight):
+        with sources.blaming(source.weight):
             self._tables = requantize.tables(amax, present)
 
     def part(self, row: int, weight: Region) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -121,26 +123,7 @@ class RequantizedProjection:
             raise DataError(
                 "amax-too-small",
                 "the weight is larger than its recorded amax: its scales would saturate",
-                where=f"{weight.file}: {weight.tensor}",
+                where=self._sources.place(weight),
                 way_out="the amax belong to another release; calibrate this one",
             )
         return nibbles, scales
-
-
-class _blaming:  # noqa: N801 (a context manager that reads as a verb)
-    """Turns a FormatError into a DataError that names file and tensor."""
-
-    def __init__(self, region: Region) -> None:
-        self._region = region
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, FormatError):
-            raise DataError(
-                error.id,
-                str(error),
-                where=f"{self._region.file}: {self._region.tensor}",
-                way_out="download this shard again; if it stays so, the release is damaged at its source",
-            ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from dsqjob.dataplan.plan import Region
 from dsqjob.errors import DataError
+from dsqjob.formats import FormatError
 
 _OPEN_FILES = 32
 _SCATTER_WIDTH = 1024
@@ -70,6 +72,23 @@ class Sources:
             stop = min(start + step, region.rows)
             yield start, region._replace(offset=region.offset + start * region.pitch, rows=stop - start)
 
+    def place(self, region: Region) -> str:
+        """File and tensor of a region, for errors."""
+        return f"{self._root / region.file}: {region.tensor}"
+
+    @contextmanager
+    def blaming(self, region: Region) -> Iterator[None]:
+        """Turns a FormatError into a DataError that names file and tensor."""
+        try:
+            yield
+        except FormatError as error:
+            raise DataError(
+                error.id,
+                str(error),
+                where=self.place(region),
+                way_out="download this shard again; if it stays so, the release is damaged at its source",
+            ) from None
+
     def _fill(self, fd: int, view: memoryview, offset: int, region: Region) -> None:
         while view:
             count = os.preadv(fd, [view], offset)
@@ -77,7 +96,7 @@ class Sources:
                 raise DataError(
                     "shard-truncated",
                     f"the file ends at byte {offset}",
-                    where=f"{self._root / region.file}: {region.tensor}",
+                    where=self.place(region),
                     way_out="the shard changed since it was planned: download it again",
                 )
             view, offset = view[count:], offset + count
