@@ -79,7 +79,6 @@ def run(job: str, stage: str | None, through: str | None, restart: bool, **overr
 @_overrides
 def worker(stage: str, job: str, index: int, count: int, run_id: str, die_with_parent: bool, **overrides: Any) -> None:
     """One worker of a data-parallel stage: what launchers start, on any number of machines."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from dsqjob import worker as work
 
     if die_with_parent:
@@ -187,6 +186,7 @@ def _load(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one place where errors become words and exit codes."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         cli(arguments, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from dsqjob.engine.claims import Claim, Claims
 from dsqjob.engine.events import EventLog
@@ -39,6 +40,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Listen from the main thread, before other threads start."""
+        handlers = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         thread.start()
@@ -48,13 +50,21 @@ class StopRequest:
             self._closed.set()
             thread.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        """Where a library's thread, which does not block signals, was given it."""
+        self.signal = self.signal or signal.Signals(number)
 
     def _listen(self) -> None:
         heard_at = None
         while not self._closed.is_set():
             heard = signal.sigtimedwait(STOP_SIGNALS, _LISTEN)
             if heard is not None and self.signal is None:
-                self.signal, heard_at = signal.Signals(heard.si_signo), time.monotonic()
+                self.signal = signal.Signals(heard.si_signo)
+            if self.signal is not None and heard_at is None:
+                heard_at = time.monotonic()
             if heard_at is not None and time.monotonic() - heard_at > GRACE:
                 os._exit(Interrupted.exit_code)
 

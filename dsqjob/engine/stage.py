@@ -260,7 +260,9 @@ class StageState:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         if self.stage.owner is not None and self.stage.folder.is_dir():
-            with suppress(FileNotFoundError):
-                (self.stage.folder / OWNER).unlink()
+            if any(path.name != OWNER for path in self.stage.folder.iterdir()):
+                self.workspace.own(self.stage.folder, self.stage.owner, finished=True)
+            else:
+                (self.stage.folder / OWNER).unlink(missing_ok=True)
             sync_folder(self.stage.folder)
         return removed

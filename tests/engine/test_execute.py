@@ -78,7 +78,11 @@ def test_restart_removes_what_the_records_name_and_nothing_else(tmp_path: Path) 
     (tmp_path / "out" / "mine.txt").write_text("keep")
     removed = state.restart()
     assert sorted(path.name for path in removed) == [f"u{n}.bin" for n in range(1, 7)]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.txt", ".dsqjob-owner"}
+    (tmp_path / "out" / "mine.txt").unlink()
+    work(tmp_path, Toy(tmp_path))
+    state.restart()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_restart_is_refused_while_a_worker_lives(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Asked to stop, everything stops within ten seconds, exits 75, and leaves no process behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.processes import kill_all, of_job, wait_until
+from tests.harness import command, digests, worker, write_job
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
+
+
+def begun(folder: Path) -> bool:
+    return bool(list((folder / "out").glob("*.partial-*")))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_run_stops_its_workers_and_resumes(tmp_path: Path, miniature: Path, number: signal.Signals) -> None:
+    job = write_job(tmp_path / "a", miniature, launcher__workers=2)
+    run = subprocess.Popen(command("run", job, "--through", "verify"), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: begun(tmp_path / "a"))
+    asked = time.monotonic()
+    run.send_signal(number)
+    _, said = run.communicate(timeout=20)
+    assert run.returncode == 75 and time.monotonic() - asked < 10
+    assert number.name in said and of_job(job) == []
+    assert not list((tmp_path / "a" / "work" / "state" / "export" / "claims").iterdir())
+    assert not list((tmp_path / "a" / "out").glob("*.partial-*"))
+    subprocess.run(command("run", job, "--through", "verify"), check=True, capture_output=True, timeout=120)
+    calm = write_job(tmp_path / "b", miniature)
+    subprocess.run(command("run", calm, "--through", "verify"), check=True, capture_output=True, timeout=120)
+    assert digests(tmp_path / "a" / "out") == digests(tmp_path / "b" / "out")
+
+
+@pytest.mark.needs("strace")
+def test_a_worker_whose_fsync_hangs_leaves_within_ten_seconds(tmp_path: Path, miniature: Path) -> None:
+    """strace holds the first fsync for a minute, and the worker's main thread with it; its signal thread must end the
+    process. (strace 6.1 then keeps the held thread, so the call is read from its log.)"""
+    job = write_job(tmp_path, miniature)
+    log = tmp_path / "trace"
+    hold = ["-e", "trace=fsync,exit_group", "-e", "inject=fsync:delay_enter=60000000"]
+    traced = subprocess.Popen(["strace", "-f", "-qq", "-o", str(log), *hold, *worker("export", job)])
+    try:
+        wait_until(lambda: log.exists() and "fsync(" in log.read_text())
+        (pid,) = [pid for pid in of_job(job) if pid != traced.pid]
+        subprocess.run(["kill", "-TERM", str(pid)], check=True)
+        wait_until(lambda: "exit_group(75)" in log.read_text(), 10)
+    finally:
+        traced.kill()
+        traced.wait()
+        kill_all(job)
+    subprocess.run(worker("export", job), check=True, capture_output=True, timeout=120)
+
+
+def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, miniature: Path) -> None:
+    job = write_job(tmp_path, miniature, launcher__workers=2, export__weights="requantize")
+    run = subprocess.Popen(command("run", job, "--stage", "export"), stderr=subprocess.DEVNULL)
+    wait_until(lambda: begun(tmp_path))
+    run.kill()
+    run.wait()
+    wait_until(lambda: of_job(job) == [], 10)
+    subprocess.run(command("run", job, "--stage", "export"), check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize(("faults", "code"), [(0, 69), (1, 0)])
+def test_a_worker_that_is_killed_is_a_peers_fault(tmp_path: Path, miniature: Path, faults: int, code: int) -> None:
+    job = write_job(tmp_path, miniature, launcher__workers=1, launcher__max_faults=faults)
+    run = subprocess.Popen(command("run", job, "--stage", "export"), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: begun(tmp_path))
+    (pid,) = [pid for pid in of_job(job) if pid != run.pid]
+    subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == code, said
+    assert code == 0 or ("SIGKILL" in said and str(pid) in said)
