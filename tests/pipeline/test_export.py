@@ -278,3 +278,13 @@ def test_shard_bytes_are_what_the_plan_said(tmp_path: Path, miniature: Path) -> 
     dsqjob("run", job, "--stage", "export", "--through", "finalize")
     total = sum(len(t.data) for path in (tmp_path / "out").glob("*.safetensors") for t in read_shard(path).values())
     assert f"tensors take {total:,} bytes" in planned
+
+
+def test_a_kill_before_the_index_leaves_no_checkpoint(tmp_path: Path, miniature: Path) -> None:
+    """The index is the commit: while it is missing, verify calls the folder unfinished."""
+    folder = export(tmp_path, miniature)
+    (folder / "model.safetensors.index.json").unlink()
+    done = dsqjob("verify", folder, code=65)
+    assert "unfinished" in done.stdout
+    dsqjob("run", tmp_path / "job.yaml", "--stage", "export", "--through", "finalize")
+    dsqjob("verify", folder)
