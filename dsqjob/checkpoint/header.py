@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def _entry(name: str, item: Any, path: str | os.PathLike[str]) -> Entry:
         raise _bad(
             path, "header-size", f"{dtype} {shape} takes {expected} bytes, data_offsets give {end - begin}", name
         )
-    return Entry(name, dtype, tuple(shape), begin, end)
+    return Entry(name, sys.intern(dtype), tuple(shape), begin, end)
 
 
 def _bad(path: str | os.PathLike[str], id: str, what: str, tensor: str = "") -> DataError:

@@ -61,7 +61,9 @@ def open_release(root: Path) -> Release:
     config, config_bytes = read_json(root / CONFIG, "config-missing")
     index, index_bytes = read_index(root)
     shards: dict[str, Header] = {}
-    for shard in sorted(set(index.values())):
+    names = {shard: shard for shard in sorted(set(index.values()))}
+    index = {name: names[shard] for name, shard in index.items()}  # one string a shard, not one a tensor
+    for shard in names:
         path = root / shard
         if not path.is_file():
             raise DataError(

@@ -42,7 +42,6 @@ def print_plan(inputs: Inputs) -> None:
         f"release   {release.root}: {len(release.shards)} shards, {tensors} tensors, {sizes(release.total_bytes)}"
     )
     click.echo(f"workspace {job.workspace}")
-    experts = len(inputs.targets)
     for name in pipeline(inputs):
         stage = build(name, inputs)
         state = StageState(inputs.workspace, stage)
@@ -58,20 +57,9 @@ def print_plan(inputs: Inputs) -> None:
             continue
         click.echo(f"  to {stage.folder} ({sizes(free_bytes(stage.folder))} free)")
         state.check_disk()
-        if name == "export":
-            grown = sum(unit.bytes_out - unit.bytes_in for unit in stage.units)
-            click.echo(f"  {experts} expert projections become NVFP4 by {inputs.route}")
-            click.echo(f"  tensors take {out:,} bytes, {grown:+,}: a scale per 16 elements instead of one per 32")
-            click.echo(f"  input scales: {_input_scales(inputs)}")
+        for line in stage.describe():
+            click.echo(f"  {line}")
     click.echo("\nno GPU is needed for these stages")
-
-
-def _input_scales(inputs: Inputs) -> str:
-    if not inputs.calibrated:
-        return "1 everywhere (no calibration)"
-    settled = inputs.settled or {}
-    fallback = sum(value.fallback for value in settled.values())
-    return f"from {inputs.job.export.amax}, {fallback} of {len(settled)} projections by fallback"
 
 
 def run_pipeline(

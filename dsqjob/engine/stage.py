@@ -108,6 +108,10 @@ class Stage(ABC):
     def settle(self) -> None:  # noqa: B027 (most stages have nothing to settle)
         """Called once all units have records; may be called again."""
 
+    def describe(self) -> Sequence[str]:
+        """Lines for people about what will be made."""
+        return ()
+
     def summary(self, records: Sequence[Record]) -> Sequence[str]:  # noqa: ARG002
         """Lines for people about the finished stage."""
         return ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsqjob.amax.settle import Settled, Sharing
@@ -145,18 +145,17 @@ class DeepSeekV4(Family):
     def mp_side_files(self, release: Release) -> Sequence[str]:
         return [name for name in ("tokenizer.json", "tokenizer_config.json") if (release.root / name).is_file()]
 
-    def targets(self, release: Release) -> Sequence[Target]:
+    def targets(self, release: Release) -> Iterator[Target]:
         g = geometry(release)
-        found = []
         for layer in range(g.layers):
             container = f"layers.{layer}.ffn.experts"
             for expert in range(g.experts):
-                for kind, group in _GROUP.items():
-                    path = f"{container}.{expert}.{kind}"
+                paths = {kind: f"{container}.{expert}.{kind}" for kind in _GROUP}
+                groups = {group: tuple(paths[kind] for kind in group) for group in _GROUP.values()}
+                for kind, path in paths.items():
                     rows, half = release.entry(f"{path}.weight").shape
-                    sharing = Sharing(path, container, kind, tuple(f"{container}.{expert}.{one}" for one in group))
-                    found.append(Target(sharing, release.index[f"{path}.weight"], rows, half * 2))
-        return found
+                    sharing = Sharing(path, container, kind, groups[_GROUP[kind]])
+                    yield Target(sharing, release.index[f"{path}.weight"], rows, half * 2)
 
     def routes(self, release: Release) -> Sequence[str]:  # noqa: ARG002 (check() refuses all other dtypes)
         return (_CAST, _REQUANTIZE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from dsqjob.checkpoint.release import Release
 from dsqjob.dataplan.plan import FilePlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """A projection to quantize: where it lies, and which projections must share its scales."""
 
@@ -48,7 +48,7 @@ class Family(ABC):
         """Files that go along with a model-parallel checkpoint."""
 
     @abstractmethod
-    def targets(self, release: Release) -> Sequence[Target]:
+    def targets(self, release: Release) -> Iterator[Target]:
         """All projections to quantize, in the order of their names' numbers."""
 
     @abstractmethod

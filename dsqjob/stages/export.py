@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from dsqjob.checkpoint.header import Entry
 from dsqjob.dataplan.file_sink import pour_file
@@ -25,7 +26,9 @@ class Export(Stage):
         self.folder = inputs.job.export.output
         release = inputs.release
         grown: defaultdict[str, int] = defaultdict(int)
-        for target in inputs.targets:
+        self.projections = 0
+        for target in inputs.targets():
+            self.projections += 1
             scale = release.entry(f"{target.path}.scale")
             grown[target.shard] += target.out_features * target.in_features // 16 + 8
             grown[release.index[scale.name]] -= scale.nbytes
@@ -54,6 +57,21 @@ class Export(Stage):
             poured = pour_file(plan, path, sources, context, checksum=inputs.job.checksums)
         output = Output(unit.id, poured.nbytes, poured.sha256)
         return Done((output,), {"blocks": poured.blocks, "lossless": poured.lossless})
+
+    def describe(self) -> Sequence[str]:
+        grown = sum(unit.bytes_out - unit.bytes_in for unit in self.units)
+        return [
+            f"{self.projections} expert projections become NVFP4 by {self._inputs.route}",
+            f"tensors take {self.total_bytes:,} bytes, {grown:+,}: a scale per 16 elements instead of one per 32",
+            f"input scales: {self._input_scales()}",
+        ]
+
+    def _input_scales(self) -> str:
+        settled = self._inputs.settled
+        if settled is None:
+            return "1 everywhere (no calibration)"
+        fallback = sum(value.fallback for value in settled.values())
+        return f"from {self._inputs.job.export.amax}, {fallback} of {len(settled)} projections by fallback"
 
     def owned_before(self) -> bool:
         """The finished checkpoint's provenance is the one that our finalize recorded."""

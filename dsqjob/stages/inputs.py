@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from dsqjob.amax.ledger import Ledger
@@ -49,9 +49,9 @@ class Inputs:
                 way_out="choose an output folder outside the release",
             )
 
-    @cached_property
-    def targets(self) -> tuple[Target, ...]:
-        return tuple(self.family.targets(self.release))
+    def targets(self) -> Iterator[Target]:
+        """All projections to quantize; not kept, since a large release has 70,000."""
+        return self.family.targets(self.release)
 
     @cached_property
     def route(self) -> str:
@@ -91,7 +91,7 @@ class Inputs:
             return None
         return settle(
             self.ledger,
-            [target.sharing for target in self.targets],
+            (target.sharing for target in self.targets()),
             allow_uncalibrated=self.job.export.allow_uncalibrated,
             where=self.job.export.amax,
         )
