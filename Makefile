@@ -15,10 +15,11 @@ SET ?=
 
 DSQJOB := .venv/bin/dsqjob
 OVERRIDES = $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
-UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/cli
+UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/verify
+WHOLE := tests/cli tests/pipeline tests/faults tests/documents
 SYSTEM_PACKAGES := strace
 
-.PHONY: help setup demo check test test-all test-gpu bench clean convert-v4 export-v4 verify-v4 pipeline-v4 system-packages
+.PHONY: help setup demo lint check test test-all test-gpu bench clean convert-v4 export-v4 verify-v4 pipeline-v4 system-packages
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,25 +35,24 @@ setup: .venv/.ready .venv-base/.ready ## make .venv (everything) and .venv-base 
 demo: setup ## the whole job, end to end, on a miniature release
 	@tests/demo $(DSQJOB) .demo
 
-check: setup ## lint, types, unit tests (under 3 minutes)
+lint: setup ## style, types, layers
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/shellcheck .ci/run tests/setup-venv tests/demo
 	.venv/bin/yamllint --strict .
+
+check: lint ## lint, then unit tests (under 3 minutes)
 	.venv/bin/pytest -q $(UNIT)
 
-test: setup system-packages ## check, then whole jobs, faults and README (under 30 minutes)
-	$(MAKE) --no-print-directory check UNIT=
-	.venv/bin/pytest -q $(UNIT) tests/pipeline tests/verify tests/faults tests/documents
+test: lint system-packages ## lint, unit tests, whole jobs, faults and README (under 30 minutes)
+	.venv/bin/pytest -q $(UNIT) $(WHOLE)
 
-test-all: test ## everything that is slow, too
-	.venv/bin/pytest -q tests/slow
-	$(MAKE) --no-print-directory bench
+test-all: test bench ## the same, and the benchmarks, which take ten minutes more
 
-test-gpu: setup ## what needs a GPU
-	.venv/bin/pytest -q tests/gpu
+test-gpu: ## what needs a GPU: nothing yet, since no stage here uses one
+	@echo "no stage uses a GPU yet"
 
 bench: setup ## ratios, side by side, printed
 	.venv/bin/python -m tests.benchmarks
