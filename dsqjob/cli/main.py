@@ -12,12 +12,12 @@ import click
 
 from dsqjob import __version__
 from dsqjob.errors import BugError, DsqjobError, Interrupted, UsageError
+from dsqjob.stages import STAGES
 
 if TYPE_CHECKING:
     from dsqjob.job.schema import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
-_STAGES = ("convert", "export", "finalize", "verify")
 _SERVERS = ("vllm", "sglang", "trtllm")
 
 
@@ -57,8 +57,8 @@ def plan(job: str, **overrides: Any) -> None:
 
 @cli.command()
 @click.argument("job")
-@click.option("--stage", type=click.Choice(_STAGES), help="This stage only, or the first one with --through.")
-@click.option("--through", type=click.Choice(_STAGES), help="The last stage.")
+@click.option("--stage", type=click.Choice(STAGES), help="This stage only, or the first one with --through.")
+@click.option("--through", type=click.Choice(STAGES), help="The last stage.")
 @click.option("--restart", is_flag=True, help="Remove what the selected stages made, and begin again.")
 @_overrides
 def run(job: str, stage: str | None, through: str | None, restart: bool, **overrides: Any) -> None:
@@ -70,7 +70,7 @@ def run(job: str, stage: str | None, through: str | None, restart: bool, **overr
 
 
 @cli.command()
-@click.argument("stage", type=click.Choice(_STAGES))
+@click.argument("stage", type=click.Choice(STAGES))
 @click.argument("job")
 @click.option("--worker", "index", type=click.IntRange(0), required=True, help="This worker's number, from 0.")
 @click.option("--workers", "count", type=click.IntRange(1), required=True, help="How many workers there are.")
@@ -112,7 +112,7 @@ def verify(target: str, server: str | None, tensor_parallel: int | None, **overr
 
     With a job: against release and amax. With a checkpoint folder: what its own papers allow.
     """
-    from dsqjob.cli.view import verify_folder, verify_job
+    from dsqjob.cli.verification import verify_folder, verify_job
 
     if Path(target).is_dir():
         verify_folder(Path(target), server, tensor_parallel)

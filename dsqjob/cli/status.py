@@ -12,8 +12,7 @@ from dsqjob.engine.events import read_events
 from dsqjob.engine.observe import StageSeen, observe
 from dsqjob.engine.workspace import Workspace
 from dsqjob.errors import UsageError
-
-_ORDER = ("convert", "export", "finalize", "verify")
+from dsqjob.stages import STAGES
 
 
 def print_status(workspace: Path, as_json: bool) -> None:
@@ -27,7 +26,7 @@ def print_status(workspace: Path, as_json: bool) -> None:
         )
     now = time.time()
     seen = observe(read_events(Workspace(workspace).events), now)
-    stages = sorted(seen.values(), key=lambda stage: _ORDER.index(stage.stage))
+    stages = sorted(seen.values(), key=lambda stage: STAGES.index(stage.stage))
     if as_json:
         click.echo(json.dumps({"workspace": str(workspace), "stages": [stage.to_json() for stage in stages]}, indent=1))
         return

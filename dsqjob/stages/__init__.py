@@ -1,11 +1,13 @@
-"""The stages: what each reads, writes and refuses."""
+"""The stages: what each reads, writes and refuses. Their names are light to import; they are not."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from dsqjob.engine.stage import Stage
-from dsqjob.stages.inputs import Inputs
+if TYPE_CHECKING:
+    from dsqjob.engine.stage import Stage
+    from dsqjob.stages.inputs import Inputs
 
 STAGES = ("convert", "export", "finalize", "verify")
 """In the order of the pipeline."""

@@ -11,8 +11,7 @@ from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
 from dsqjob.engine.stage import Context, Done, Output, Stage, Unit
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
-
-PROVENANCE = "dsqjob.json"
+from dsqjob.stages.provenance import PROVENANCE, recorded_provenance
 
 
 class Export(Stage):
@@ -75,8 +74,6 @@ class Export(Stage):
 
     def owned_before(self) -> bool:
         """The finished checkpoint's provenance is the one that our finalize recorded."""
-        from dsqjob.stages.finalize import recorded_provenance
-
         recorded = recorded_provenance(self._inputs.workspace)
         path = self.folder / PROVENANCE
         return recorded is not None and path.is_file() and path.stat().st_size == recorded.bytes

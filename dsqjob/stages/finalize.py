@@ -14,11 +14,11 @@ from dsqjob.checkpoint.release import CONFIG, INDEX, side_files
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
 from dsqjob.engine.publish import publish_bytes, publishing, write_all
 from dsqjob.engine.stage import Context, Done, Output, Record, Stage, StageState, Unit
-from dsqjob.engine.workspace import OWNER, Workspace, read_state
+from dsqjob.engine.workspace import OWNER
 from dsqjob.errors import BugError, UsageError
-from dsqjob.stages.export import PROVENANCE, Export
+from dsqjob.stages.export import Export
 from dsqjob.stages.inputs import Inputs
-from dsqjob.stages.provenance import SUMS, lossless_line, model_card, producer, provenance
+from dsqjob.stages.provenance import PROVENANCE, SUMS, lossless_line, model_card, producer, provenance
 
 _CARD = "README.md"
 _PIECE = 8 << 20
@@ -141,15 +141,6 @@ class Finalize(Stage):
 def totals_of(records: Sequence[Record]) -> dict[str, int]:
     """Source blocks and lossless ones, added up."""
     return {name: sum(int(record.counts.get(name, 0)) for record in records) for name in ("blocks", "lossless")}
-
-
-def recorded_provenance(workspace: Workspace) -> Output | None:
-    """What finalize recorded of the provenance file, if it ran in this workspace."""
-    path = workspace.records(Finalize.name) / "checkpoint.json"
-    if not path.is_file():
-        return None
-    record = Record.from_json(read_state(path))
-    return next((output for output in record.outputs if output.path == PROVENANCE), None)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -11,8 +11,11 @@ import yaml
 
 from dsqjob import __version__
 from dsqjob.checkpoint.release import Release
+from dsqjob.engine.stage import Output, Record
+from dsqjob.engine.workspace import Workspace, read_state
 from dsqjob.stages.inputs import Inputs
 
+PROVENANCE = "dsqjob.json"
 SUMS = "SHA256SUMS"
 _FRONT = "---\n"
 _HUB_METADATA = Path(".cache/huggingface/download/config.json.metadata")
@@ -121,3 +124,12 @@ def _revision(release: Release) -> str | None:
 def _code_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every Python file of the vendor's inference code."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
+
+
+def recorded_provenance(workspace: Workspace) -> Output | None:
+    """What finalize recorded of the provenance file, if it ran in this workspace."""
+    path = workspace.records("finalize") / "checkpoint.json"
+    if not path.is_file():
+        return None
+    record = Record.from_json(read_state(path))
+    return next((output for output in record.outputs if output.path == PROVENANCE), None)
