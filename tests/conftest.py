@@ -12,10 +12,14 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 CI = os.environ.get("CI") == "true"
 GOLDEN = Path(os.environ.get("GOLDEN", CHECKOUT.parent / "shared" / "golden")) / "v4"
-APT_NAMES = {"strace": "strace", "mkfs.xfs": "xfsprogs"}
+WAYS = {"strace": "apt-get install strace", "root": "run as root, for mounts"}
 
 _left_out: dict[str, str] = {}
 _weakened: list[str] = []
+
+
+def _has(what: str) -> bool:
+    return os.getuid() == 0 if what == "root" else shutil.which(what) is not None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -24,9 +28,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     kept = []
     for item in items:
-        missing = [mark.args[0] for mark in item.iter_markers("needs") if shutil.which(mark.args[0]) is None]
+        missing = [mark.args[0] for mark in item.iter_markers("needs") if not _has(mark.args[0])]
         if missing:
-            _left_out[item.nodeid] = f"needs {missing[0]}: apt-get install {APT_NAMES.get(missing[0], missing[0])}"
+            _left_out[item.nodeid] = f"needs {missing[0]}: {WAYS[missing[0]]}"
         elif "golden" in getattr(item, "fixturenames", ()) and not GOLDEN.is_dir():
             _left_out[item.nodeid] = "needs the golden tensors: set GOLDEN=DIR"
         else:

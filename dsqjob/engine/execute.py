@@ -19,7 +19,7 @@ from dsqjob.errors import Interrupted, StorageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
 TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE}
-GRACE = 8.0
+GRACE = 6.0
 """Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
 for."""
 _LISTEN = 0.2

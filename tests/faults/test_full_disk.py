@@ -25,7 +25,7 @@ def mounts() -> Iterator[list[Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.needs("mount")
+@pytest.mark.needs("root")
 @pytest.mark.parametrize("size", ["3m", "6m", "9m"])
 def test_a_full_disk_is_74_and_the_work_resumes(tmp_path: Path, miniature: Path, mounts: list[Path], size: str) -> None:
     disk = tmp_path / "disk"
@@ -45,7 +45,7 @@ def test_a_full_disk_is_74_and_the_work_resumes(tmp_path: Path, miniature: Path,
     assert digests(disk / "out") == expected
 
 
-@pytest.mark.needs("mount")
+@pytest.mark.needs("root")
 def test_a_full_workspace_is_74_and_the_work_resumes(tmp_path: Path, miniature: Path, mounts: list[Path]) -> None:
     disk = tmp_path / "disk"
     mount(disk, "size=1m,nr_inodes=16")
@@ -57,7 +57,7 @@ def test_a_full_workspace_is_74_and_the_work_resumes(tmp_path: Path, miniature: 
     dsqjob("run", job, "--through", "verify")
 
 
-@pytest.mark.needs("mount")
+@pytest.mark.needs("root")
 def test_too_little_disk_is_seen_in_the_plan(tmp_path: Path, miniature: Path, mounts: list[Path]) -> None:
     disk = tmp_path / "disk"
     mount(disk, "size=4m")
@@ -69,7 +69,7 @@ def test_too_little_disk_is_seen_in_the_plan(tmp_path: Path, miniature: Path, mo
     assert not (disk / "out").exists()
 
 
-@pytest.mark.needs("mount")
+@pytest.mark.needs("root")
 def test_a_read_only_workspace_is_refused(tmp_path: Path, miniature: Path, mounts: list[Path]) -> None:
     disk = tmp_path / "disk"
     mount(disk, "size=4m,ro")
