@@ -163,9 +163,20 @@ def index_problems(root: Path, index: Mapping[str, str], shards: Mapping[str, He
 
 
 def side_files(root: Path) -> list[str]:
-    """Relative POSIX paths of all other files of a release, sorted: not its shards, indexes or download caches."""
+    """Relative POSIX paths of all other files of a release, sorted: not its shards, indexes or download caches.
+
+    Linked files count (the Hub's cache is made of them); DataError ``folder-link`` for a linked folder.
+    """
     found = []
     for folder, folders, files in os.walk(root):
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                raise DataError(
+                    "folder-link",
+                    "a folder of the release is a link: its files would be left behind",
+                    where=Path(folder, name),
+                    way_out="put the folder itself in its place",
+                )
         folders[:] = sorted(name for name in folders if name not in _NEVER_COPIED_FOLDERS)
         for name in files:
             path = Path(folder, name)

@@ -209,21 +209,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _unexpected(error: Exception) -> int:
-    """Storage faults in words; anything else is ours, with its traceback."""
+    """Faults of storage and paths in words; anything else is ours, with its traceback."""
     import traceback
 
-    from dsqjob.engine.execute import storage_error
+    from dsqjob.engine.execute import in_words
 
-    if isinstance(error, OSError):
-        if (storage := storage_error(error)) is not None:
-            click.echo(str(storage), err=True)
-            return storage.exit_code
-        if isinstance(error, PermissionError):
-            click.echo(
-                f"[permission] {error.strerror}\n  where: {error.filename}\n  way out: check its owner and mode",
-                err=True,
-            )
-            return UsageError.exit_code
+    if isinstance(error, OSError) and (worded := in_words(error)) is not None:
+        click.echo(str(worded), err=True)
+        return worded.exit_code
     click.echo("".join(traceback.format_exception(error)), err=True)
     click.echo(f"[bug] {type(error).__name__}: {error}\n  way out: report this, with the lines above", err=True)
     return BugError.exit_code

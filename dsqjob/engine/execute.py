@@ -15,7 +15,7 @@ from types import FrameType
 from dsqjob.engine.claims import Claim, Claims
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.stage import Context, StageState, Unit
-from dsqjob.errors import Interrupted, StorageError
+from dsqjob.errors import DataError, DsqjobError, Interrupted, StorageError, UsageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
 TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE}
@@ -168,6 +168,14 @@ class Worker:
         for attempt in (1, 2, 3):
             try:
                 done = stage.do(unit, context)
+                state.write_record(
+                    unit,
+                    done,
+                    worker=f"{self.index}/{self.count}",
+                    host=socket.gethostname(),
+                    seconds=time.monotonic() - begun,
+                    token=claim.token,
+                )
                 break
             except OSError as error:
                 if error.errno not in TRANSIENT_ERRORS or attempt == 3:
@@ -175,19 +183,22 @@ class Worker:
                 self._log.write("retry", stage=stage.name, unit=unit.id, reason=str(error))
                 time.sleep(self._retry * attempt)
         seconds = time.monotonic() - begun
-        state.write_record(
-            unit,
-            done,
-            worker=f"{self.index}/{self.count}",
-            host=socket.gethostname(),
-            seconds=seconds,
-            token=claim.token,
-        )
         self._log.write("unit-done", stage=stage.name, unit=unit.id, bytes=unit.work, seconds=round(seconds, 3))
 
 
-def storage_error(error: OSError) -> StorageError | None:
-    """The error as the user meets it, where the storage is to blame."""
+def in_words(error: OSError) -> DsqjobError | None:
+    """The error as the user meets it, where the storage or a path is to blame."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(
+            "file-vanished",
+            "a file that was there when the work was planned is gone",
+            where=error.filename or "",
+            way_out="put it back, then run the same command again: it resumes",
+        )
+    if isinstance(error, PermissionError):
+        return UsageError(
+            "permission", f"{error.strerror}", where=error.filename or "", way_out="check owner and mode of this path"
+        )
     if error.errno not in STORAGE_ERRORS:
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

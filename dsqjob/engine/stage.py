@@ -134,7 +134,6 @@ class StageState:
         before = read_state(self._file)
         changed = self.stage.fingerprint.changes(before["parts"])
         if changed and self.stage.disposable:
-            self.restart()
             return False
         if changed:
             raise UsageError(
@@ -149,9 +148,15 @@ class StageState:
         """Take the output folder and write down the fingerprint, unless that was done before."""
         self.stage.check()
         self.workspace.prepare()
+        if not self.compare():
+            try:
+                self.restart()
+            except UsageError:  # a rival began again first, and already works
+                if not self.compare():
+                    raise
         for folder in (self.workspace.records(self.stage.name), self.workspace.claims(self.stage.name)):
             folder.mkdir(parents=True, exist_ok=True)
-        if not self.compare():
+        if not self._file.exists():
             data = json_bytes({"parts": dict(self.stage.fingerprint.parts)})
             create_exclusively(self._file, data, unique_token())
             self.compare()
@@ -215,7 +220,7 @@ class StageState:
         if not claims_folder.is_dir():
             return []
         claims = Claims(claims_folder)
-        live = claims.live_tokens()
+        live = {token for folder in self.workspace.all_claims() for token in Claims(folder).live_tokens()}
         folders = {self.stage.folder / Path(output).parent for unit in self.stage.units for output in unit.outputs}
         folders |= {self.stage.folder, claims_folder, claims_folder.parent, claims_folder.parent.parent}
         folders.add(self.workspace.records(self.stage.name))

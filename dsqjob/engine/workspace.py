@@ -39,6 +39,10 @@ class Workspace:
     def claims(self, name: str) -> Path:
         return self.stage(name) / "claims"
 
+    def all_claims(self) -> list[Path]:
+        """The claims' folders of every stage that was begun."""
+        return sorted((self.root / "state").glob("*/claims"))
+
     @property
     def events(self) -> Path:
         return self.root / "logs" / "events"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsqjob.engine.claims import whoami
 from dsqjob.engine.events import EventLog
-from dsqjob.engine.execute import StopRequest, Worker, storage_error
+from dsqjob.engine.execute import StopRequest, Worker, in_words
 from dsqjob.engine.stage import StageState
 from dsqjob.errors import DsqjobError
 from dsqjob.job.schema import Job
@@ -47,11 +47,11 @@ def run_worker(stage_name: str, index: int, count: int, job: Job, *, run: str = 
             _tell(log, stage_name, error)
             raise
         except OSError as error:
-            storage = storage_error(error)
-            if storage is None:
+            worded = in_words(error)
+            if worded is None:
                 raise
-            _tell(log, stage_name, storage)
-            raise storage from error
+            _tell(log, stage_name, worded)
+            raise worded from error
 
 
 def _tell(log: EventLog, stage: str, error: DsqjobError) -> None:

@@ -116,6 +116,17 @@ def test_identity_changes_with_content_not_with_time(tmp_path: Path) -> None:
     assert {name for name in before if before[name] != after[name]} == {"shards"}
 
 
+def test_a_linked_folder_is_refused_a_linked_file_is_not(tmp_path: Path) -> None:
+    folder = make(tmp_path / "release")
+    (tmp_path / "blob").write_text("x")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
+    assert "tokenizer.json" in side_files(folder)
+    (folder / "inference").symlink_to(tmp_path)
+    with pytest.raises(DataError) as caught:
+        side_files(folder)
+    assert caught.value.id == "folder-link" and "inference" in caught.value.where
+
+
 def test_side_files_leave_out_what_is_not_the_releases(tmp_path: Path) -> None:
     folder = make(tmp_path / "release")
     for name in ("old.safetensors", "x.partial-1", "y.incomplete", ".cache/h",

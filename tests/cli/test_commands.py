@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dsqjob.engine.events import EventLog
+from dsqjob.engine.execute import StopRequest, Worker, in_words
+from dsqjob.engine.stage import StageState
+from dsqjob.job.load import load
+from dsqjob.stages import build
+from dsqjob.stages.inputs import Inputs
 from tests.harness import digests, dsqjob, error_id, worker, write_job
 
 
@@ -66,6 +73,33 @@ def test_plan_reads_headers_only_and_writes_nothing(tmp_path: Path, miniature: P
 test_plan_reads_headers_only_and_writes_nothing = pytest.mark.needs("strace")(
     test_plan_reads_headers_only_and_writes_nothing
 )
+
+
+def test_plan_after_a_changed_checkpoint_writes_nothing(tmp_path: Path, miniature: Path) -> None:
+    job = write_job(tmp_path, miniature)
+    dsqjob("run", job, "--through", "verify")
+    os.utime(tmp_path / "out" / "config.json", (1, 1))
+    before = digests(tmp_path)
+    dsqjob("plan", job)
+    assert digests(tmp_path) == before
+    assert "verify: 6 units" in dsqjob("run", job, "--through", "verify").stdout
+
+
+def test_a_shard_that_vanishes_is_named(tmp_path: Path, miniature: Path) -> None:
+    """Between the plan and the work."""
+    shutil.copytree(miniature, tmp_path / "release", copy_function=shutil.copy)
+    job = write_job(tmp_path, tmp_path / "release")
+    inputs = Inputs(load(str(job), environment={}, families=("deepseek-v4",), launchers=("local",)))
+    stage = build("export", inputs)
+    inputs.workspace.prepare()
+    (tmp_path / "release" / "model-00002-of-00006.safetensors").unlink()
+    state = StageState(inputs.workspace, stage)
+    log = EventLog(inputs.workspace.events, worker="w")
+    with pytest.raises(FileNotFoundError) as caught:
+        Worker(0, 1, chunk_bytes=1 << 20, log=log, stop=StopRequest()).work(state)
+    worded = in_words(caught.value)
+    assert worded is not None and (worded.id, worded.exit_code) == ("file-vanished", 65)
+    assert "model-00002" in worded.where and not list((tmp_path / "out").glob("*.partial-*"))
 
 
 def test_plan_tells_sizes_route_and_growth(tmp_path: Path, miniature: Path) -> None:

@@ -93,6 +93,17 @@ def test_restart_is_refused_while_a_worker_lives(tmp_path: Path) -> None:
     assert caught.value.id == "restart-while-running" and complete(tmp_path)
 
 
+def test_a_sweep_spares_what_another_stage_is_writing(tmp_path: Path) -> None:
+    """Export's last workers sweep while finalize already writes into the same folder."""
+    state = work(tmp_path, Toy(tmp_path))
+    other = state.workspace.claims("other")
+    other.mkdir(parents=True)
+    (other / "u.0").write_text(json.dumps({**whoami(), "token": "alive"}))
+    for token in ("alive", "dead"):
+        (tmp_path / "out" / f"config.json.partial-{token}").touch()
+    assert [path.name for path in state.sweep_all()] == ["config.json.partial-dead"]
+
+
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "theirs").write_text("x")
