@@ -37,10 +37,18 @@ def settle(
     the largest of its kind over all targets, after sharing. A weight amax that is missing, in the projection or in
     one that it shares with, is left to be derived from the weights.
 
-    Raises DataError ``amax-layer-missing`` for a layer without one input amax (unless allowed by name), and
+    Raises DataError ``amax-unknown`` for amax of a projection that is no target, ``amax-layer-missing`` for a layer
+    without one input amax (unless allowed by name), and
     ``amax-missing`` where no projection of a kind has one.
     """
     targets = list(targets)
+    if unknown := ledger.rows.keys() - {target.path for target in targets}:
+        raise DataError(
+            "amax-unknown",
+            f"{len(unknown)} projections have amax, but the release does not have them",
+            where=f"{where}: {min(unknown)}",
+            way_out="the amax belong to another release; calibrate this one",
+        )
     shared: dict[str, float | None] = {}
     weights: dict[str, float | None] = {}
     largest: dict[str, float] = {}

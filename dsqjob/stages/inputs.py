@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 
 from dsqjob.amax.ledger import Ledger
 from dsqjob.amax.reference import amax_identity, load_amax
@@ -33,13 +34,21 @@ class Inputs:
     @cached_property
     def release(self) -> Release:
         """The release, found whole and of the job's family."""
-        for name, folder in (("convert.output", self.job.convert.output), ("export.output", self.job.export.output)):
+        job = self.job
+        if job.release.resolve() in [job.workspace.resolve(), *job.workspace.resolve().parents]:
+            raise UsageError(
+                "output-inside-release",
+                "the workspace lies inside the release and would become part of it",
+                where=f"workspace: {job.workspace}",
+                way_out="choose a workspace outside the release",
+            )
+        for name, folder in (("convert.output", job.convert.output), ("export.output", job.export.output)):
             self._disjoint(name, folder)
         release = open_release(self.job.release)
         self.family.check(release)
         return release
 
-    def _disjoint(self, name: str, folder) -> None:  # type: ignore[no-untyped-def]
+    def _disjoint(self, name: str, folder: Path) -> None:
         source, target = self.job.release.resolve(), folder.resolve()
         if source == target or source in target.parents or target in source.parents:
             raise UsageError(

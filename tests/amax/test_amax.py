@@ -110,6 +110,13 @@ def test_a_layer_without_inputs_is_refused_unless_named() -> None:
     assert found["layers.1.ffn.experts.0.w2"].fallback
 
 
+def test_amax_of_another_release_are_refused() -> None:
+    rows = {f"layers.{layer}.ffn.experts.0.{kind}": Row(1.0, 1.0) for layer in (0, 1) for kind in ("w1", "w2", "w3")}
+    with pytest.raises(DataError) as caught:
+        settle(Ledger(rows), expert(0, 0), where="folder")
+    assert caught.value.id == "amax-unknown" and "layers.1.ffn.experts.0.w1" in caught.value.where
+
+
 def test_nothing_to_fall_back_on_is_refused() -> None:
     rows = {"layers.0.ffn.experts.0.w1": Row(1.0, 1.0)}
     with pytest.raises(DataError) as caught:

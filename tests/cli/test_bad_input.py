@@ -192,6 +192,8 @@ def test_output_and_release_must_lie_apart(tmp_path: Path, release: Path) -> Non
     for output in (release, release / "nvfp4", release.parent, tmp_path / "link" / "x"):
         done = dsqjob("plan", write_job(tmp_path / "job", release, export__output=output), code=64)
         assert error_id(done) == "output-inside-release" and "export.output" in done.stderr
+    done = dsqjob("plan", write_job(tmp_path / "job", release, workspace=release / "work"), code=64)
+    assert error_id(done) == "output-inside-release" and "workspace" in done.stderr
     done = dsqjob("plan", write_job(tmp_path / "job", release, convert__output=release / "mp"), code=64)
     assert error_id(done) == "output-inside-release" and "convert.output" in done.stderr
 
