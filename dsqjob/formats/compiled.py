@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 _ONES = np.uint64(0x1111111111111111)
 _NONE = np.uint64(0)
 _MAGNITUDES = np.uint64(0x7777777777777777)
+CHANGES, SATURATED = 256, 512
+"""Flags above the scale's eight bits: a code other than negative zero changes; the magnitude exceeds the amax."""
 
 
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
@@ -31,23 +33,26 @@ def _without_negative_zeros(word: np.uint64) -> np.uint64:
 
 
 @numba.njit(cache=True, nogil=True)
-def _requantize(words, e8m0, scales, table, same, saturated, out, out_scales):  # type: ignore[no-untyped-def]
+def _requantize(words, e8m0, by_key, table, out, out_scales):  # type: ignore[no-untyped-def]
     rows, blocks = words.shape
+    codes = np.empty(blocks, np.uint16)
     too_large = False
     for row in range(rows):
+        for block in range(blocks):  # apart, since this loop becomes vector instructions
+            codes[block] = _largest_code(words[row, block])
+            out[row, block] = _without_negative_zeros(words[row, block])
         for block in range(blocks):
-            key = int(e8m0[row, block >> 1]) * 8 + _largest_code(words[row, block])
-            too_large |= saturated[key]
-            out_scales[row, block] = scales[key]
-            word = words[row, block]
-            if same[key]:
-                out[row, block] = _without_negative_zeros(word)
-                continue
-            new = np.uint64(0)
-            for shift in range(0, 64, 8):
-                byte = (word >> np.uint64(shift)) & np.uint64(255)
-                new |= np.uint64(table[key, byte]) << np.uint64(shift)
-            out[row, block] = new
+            key = int(e8m0[row, block >> 1]) * 8 + int(codes[block])
+            what = by_key[key]
+            out_scales[row, block] = np.uint8(what & 255)
+            if what >= CHANGES:
+                too_large |= what >= SATURATED
+                word = words[row, block]
+                new = np.uint64(0)
+                for shift in range(0, 64, 8):
+                    byte = (word >> np.uint64(shift)) & np.uint64(255)
+                    new |= np.uint64(table[key, byte]) << np.uint64(shift)
+                out[row, block] = new
     return too_large
 
 
@@ -62,12 +67,14 @@ def _keys_present(words, e8m0, present):  # type: ignore[no-untyped-def]
 def requantize(
     packed: NDArray[np.uint8],
     e8m0: NDArray[np.uint8],
-    tables: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_], NDArray[np.bool_]],
+    by_key: NDArray[np.uint16],
+    table: NDArray[np.uint8],
     out: NDArray[np.uint8],
     out_scales: NDArray[np.uint8],
 ) -> bool:
-    """Apply scales [2048], bytes [2048, 256], same and saturated [2048] to every block of 16; whether one saturated."""
-    return bool(_requantize(packed.view(np.uint64), e8m0, *tables, out.view(np.uint64), out_scales))
+    """Apply ``by_key`` [2048] (scale and flags) and ``table`` [2048, 256] (new byte of each old one) to every block of
+    16; whether one saturated. A key whose block saturates must have both flags."""
+    return bool(_requantize(packed.view(np.uint64), e8m0, by_key, table, out.view(np.uint64), out_scales))
 
 
 def keys_present(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -19,13 +19,11 @@ _NEGATIVE_ZERO = 8
 
 
 class Tables(NamedTuple):
-    """By key ``byte * 8 + largest code``: E4M3 scale [2048], new byte of each old byte [2048, 256], whether no code
-    but negative zero changes [2048], and whether the magnitude exceeds the amax [2048]."""
+    """By key ``byte * 8 + largest code``: E4M3 scale with flags above it (uint16 [2048], see ``compiled``), and the new
+    byte of each old byte (uint8 [2048, 256])."""
 
-    scales: NDArray[np.uint8]
+    by_key: NDArray[np.uint16]
     bytes: NDArray[np.uint8]
-    same: NDArray[np.bool_]
-    saturated: NDArray[np.bool_]
 
 
 def _magnitudes() -> NDArray[np.float32]:
@@ -51,6 +49,8 @@ def tables(amax: float, present: NDArray[np.bool_]) -> Tables:
 
     FormatError: those of ``nvfp4.weight_scale_2``.
     """
+    from dsqjob.formats import compiled
+
     exponents = np.flatnonzero(present)
     scale_2 = nvfp4.weight_scale_2(amax)
     block_amax = _MAGNITUDES[exponents]
@@ -60,30 +60,29 @@ def tables(amax: float, present: NDArray[np.bool_]) -> Tables:
     w = np.repeat(values[:, None, :], 8, axis=1)
     with np.errstate(invalid="ignore"):
         new = nvfp4.encode(w, codes[..., None], scale_2)
-    flags = np.zeros((2, _KEYS), np.bool_)
-    made = Tables(np.zeros(_KEYS, np.uint8), np.zeros((_KEYS, 256), np.uint8), *flags)
-    keys = (exponents[:, None] * 8 + np.arange(8)).reshape(-1)
-    made.scales[keys] = codes.reshape(-1)
-    made.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
     reachable = np.arange(16) % 8 <= np.arange(8)[:, None]
-    unchanged = (new == np.arange(16)) | ~reachable | (np.arange(16) == _NEGATIVE_ZERO)
-    made.same[keys] = unchanged.all(axis=-1).reshape(-1)
-    made.saturated[keys] = (block_amax > np.float32(amax)).reshape(-1)
+    changes = ((new != np.arange(16)) & reachable & (np.arange(16) != _NEGATIVE_ZERO)).any(axis=-1)
+    saturated = block_amax > np.float32(amax)
+    flags = (changes | saturated) * compiled.CHANGES + saturated * compiled.SATURATED
+    made = Tables(np.zeros(_KEYS, np.uint16), np.zeros((_KEYS, 256), np.uint8))
+    keys = (exponents[:, None] * 8 + np.arange(8)).reshape(-1)
+    made.by_key[keys] = (codes + flags).reshape(-1)
+    made.bytes[keys] = (new[..., None, :] | (new[..., :, None] << 4)).reshape(-1, 256)
     return made
 
 
 def requantize(
     packed: NDArray[np.uint8],
     e8m0: NDArray[np.uint8],
-    by_key: Tables,
+    tables: Tables,
     out: NDArray[np.uint8],
     out_scales: NDArray[np.uint8],
 ) -> bool:
     """Fill ``out`` [rows, in/2] and ``out_scales`` [rows, in/16] from ``packed`` [rows, in/2] and ``e8m0``
-    [rows, in/32]; whether a block was larger than the tables' amax. ``by_key`` must know every byte of ``e8m0``."""
+    [rows, in/32]; whether a block was larger than the tables' amax. ``tables`` must know every byte of ``e8m0``."""
     from dsqjob.formats import compiled
 
-    return compiled.requantize(packed, e8m0, by_key, out, out_scales)
+    return compiled.requantize(packed, e8m0, *tables, out, out_scales)
 
 
 def largest(packed: NDArray[np.uint8], e8m0: NDArray[np.uint8]) -> float:
