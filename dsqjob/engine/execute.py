@@ -23,6 +23,7 @@ GRACE = 6.0
 """Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
 for."""
 _LISTEN = 0.2
+_FIRST_PAUSE = 0.05
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -92,7 +93,10 @@ class _UnitContext(Context):
 
 
 class Worker:
-    """Worker ``index`` of ``count``: begins with its own share of the units, then helps with what is left."""
+    """Worker ``index`` of ``count``: begins with its own share of the units, then helps with what is left.
+
+    It looks at units that others hold after a pause that doubles up to ``poll_seconds``.
+    """
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class Worker:
         log: EventLog,
         stop: StopRequest,
         job: str = "",
-        poll_seconds: float = 1.0,
+        poll_seconds: float = 2.0,
         retry_seconds: float = 2.0,
     ) -> None:
         self.index, self.count = index, count
@@ -127,11 +131,13 @@ class Worker:
         )
         start = len(stage.units) * self.index // max(1, self.count)
         pending = [*stage.units[start:], *stage.units[:start]]
+        pause = _FIRST_PAUSE
         while pending:
             self._stop.check()
-            pending = [unit for unit in pending if not self._settled(unit, state, claims)]
-            if pending:
-                time.sleep(self._poll)
+            left = [unit for unit in pending if not self._settled(unit, state, claims)]
+            pause = _FIRST_PAUSE if len(left) < len(pending) else min(2 * pause, self._poll)
+            if pending := left:
+                time.sleep(pause)
         state.sweep_all()
         stage.settle()
         self._log.write("stage-done", stage=stage.name)

@@ -19,12 +19,14 @@ MINIATURES = {"deepseek-v4": "dsqjob.miniature.deepseek_v4"}
 def write(family: str, folder: Path, *, seed: int, **options: Any) -> None:
     """A release in ``folder``, byte for byte the same for the same seed and options; whole or not there.
 
-    UsageError ``family-unknown``, ``folder-not-empty``.
+    UsageError ``family-unknown``, ``folder-not-empty``; ``usage`` where the seed is negative.
     """
     if family not in MINIATURES:
         raise UsageError(
             "family-unknown", f"no miniature of {family!r}", where="FAMILY", way_out=f"one of: {', '.join(MINIATURES)}"
         )
+    if seed < 0:
+        raise UsageError("usage", f"a seed is 0 or more, not {seed}", where="--seed", way_out="name another seed")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             "folder-not-empty",

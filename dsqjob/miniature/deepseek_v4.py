@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,38 +15,19 @@ from numpy.typing import NDArray
 from dsqjob.checkpoint.header import DTYPE_BITS, TensorSpec, encode
 from dsqjob.checkpoint.release import INDEX
 from dsqjob.formats import e2m1, e4m3
+from dsqjob.miniature.deepseek_v4_config import Geometry, hub_config, inference_config
 from dsqjob.miniature.tokenizer import tokenizer_files
 
 _BIAS = 127
 _CODE = "deepseek_v4_inference"
 """Package data: inference code of our own, plain PyTorch, that only miniatures carry."""
+_CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n# A miniature release\n\nIts weights mean nothing.\n"
+_ENCODING = '''"""Turns messages into text."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a miniature. The defaults run at model-parallel 1, 2, 4 and 8."""
-
-    vocab: int = 512
-    dim: int = 256
-    inter: int = 128
-    layers: int = 4
-    hash_layers: int = 1
-    mtp_layers: int = 1
-    heads: int = 8
-    head_dim: int = 128
-    rope_dim: int = 64
-    q_lora: int = 128
-    o_groups: int = 8
-    o_lora: int = 128
-    window: int = 16
-    index_heads: int = 8
-    index_dim: int = 128
-    index_topk: int = 16
-    hc: int = 4
-    experts: int = 16
-    active: int = 2
-    ratios: tuple[int, ...] = field(default=(0, 4, 128, 4, 0))
-    max_seq_len: int = 256
+def encode(messages):
+    return "".join(f"{message['role']}: {message['content']}\\n" for message in messages)
+'''
 
 
 class Drawn(NamedTuple):
@@ -67,25 +47,21 @@ def write_files(folder: Path, *, seed: int, experts_dtype: str = "mxfp4", **geom
     if experts_dtype == "mxfp4":
         _make_edges(tensors, g)
     _write_shards(folder, tensors, g)
-    _write_json(folder / "config.json", _config(g, experts_dtype), 2)
+    _write_json(folder / "config.json", hub_config(g, experts_dtype), 2)
     _write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True}, 2)
     for name, value in tokenizer_files(g.vocab).items():
         _write_json(folder / name, value, 2)
-    (folder / "LICENSE").write_text("Miniature licence: made up numbers, for tests. Do with them as you like.\n")
-    (folder / "README.md").write_text(
-        "---\nlicense: mit\nlibrary_name: transformers\n---\n# A miniature release\n\nIts weights mean nothing.\n"
-    )
+    _write_text(folder / "LICENSE", "Miniature licence: made up numbers, for tests. Do with them as you like.\n")
+    _write_text(folder / "README.md", _CARD)
     (folder / "encoding").mkdir()
-    (folder / "encoding" / "encoding.py").write_text(
-        '"""Turns messages into text."""\n\n\ndef encode(messages):\n'
-        "    return \"\".join(f\"{message['role']}: {message['content']}\\n\" for message in messages)\n"
-    )
+    _write_text(folder / "encoding" / "encoding.py", _ENCODING)
     _write_json(folder / "encoding" / "example.json", {"messages": [{"role": "user", "content": "hello"}]}, 2)
     (folder / "inference").mkdir()
-    _write_json(folder / "inference" / "config.json", _inference_config(g), None)
+    _write_json(folder / "inference" / "config.json", inference_config(g, experts_dtype), None)
+    _write_text(folder / "inference" / "requirements.txt", "torch>=2.10\n")
     for source in resources.files("dsqjob.miniature").joinpath(_CODE).iterdir():
         if source.name.endswith(".py"):
-            (folder / "inference" / source.name).write_text(source.read_text())
+            _write_text(folder / "inference" / source.name, source.read_text(encoding="utf-8"))
 
 
 class _Drawer:
@@ -264,105 +240,9 @@ def _write_shards(folder: Path, tensors: dict[str, Drawn], g: Geometry) -> None:
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, 2)
 
 
-def _config(g: Geometry, experts_dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": "deepseek_v4",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "vocab_size": g.vocab,
-        "hidden_size": g.dim,
-        "moe_intermediate_size": g.inter,
-        "num_hidden_layers": g.layers,
-        "num_hash_layers": g.hash_layers,
-        "num_nextn_predict_layers": g.mtp_layers,
-        "num_attention_heads": g.heads,
-        "num_key_value_heads": 1,
-        "head_dim": g.head_dim,
-        "qk_rope_head_dim": g.rope_dim,
-        "q_lora_rank": g.q_lora,
-        "o_groups": g.o_groups,
-        "o_lora_rank": g.o_lora,
-        "sliding_window": g.window,
-        "index_n_heads": g.index_heads,
-        "index_head_dim": g.index_dim,
-        "index_topk": g.index_topk,
-        "hc_mult": g.hc,
-        "hc_eps": 1e-06,
-        "hc_sinkhorn_iters": 20,
-        "n_routed_experts": g.experts,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": g.active,
-        "norm_topk_prob": True,
-        "scoring_func": "sqrtsoftplus",
-        "topk_method": "noaux_tc",
-        "routed_scaling_factor": 2.5,
-        "swiglu_limit": 10.0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 10000,
-        "compress_rope_theta": 160000,
-        "compress_ratios": list(g.ratios),
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 16,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "original_max_position_embeddings": 64,
-        },
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        **({"expert_dtype": "fp4"} if experts_dtype == "mxfp4" else {}),
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [128, 128],
-        },
-    }
-
-
-def _inference_config(g: Geometry) -> dict[str, Any]:
-    """The vendor's spelling, without what its ModelArgs defaults."""
-    return {
-        "vocab_size": g.vocab,
-        "dim": g.dim,
-        "moe_inter_dim": g.inter,
-        "n_layers": g.layers,
-        "n_hash_layers": g.hash_layers,
-        "n_heads": g.heads,
-        "n_routed_experts": g.experts,
-        "n_shared_experts": 1,
-        "n_activated_experts": g.active,
-        "score_func": "sqrtsoftplus",
-        "route_scale": 2.5,
-        "swiglu_limit": 10.0,
-        "q_lora_rank": g.q_lora,
-        "head_dim": g.head_dim,
-        "rope_head_dim": g.rope_dim,
-        "o_groups": g.o_groups,
-        "o_lora_rank": g.o_lora,
-        "window_size": g.window,
-        "original_seq_len": 64,
-        "rope_theta": 10000,
-        "rope_factor": 16,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "index_n_heads": g.index_heads,
-        "index_head_dim": g.index_dim,
-        "index_topk": g.index_topk,
-        "hc_mult": g.hc,
-        "hc_sinkhorn_iters": 20,
-        "dtype": "fp8",
-        "scale_fmt": "ue8m0",
-        "expert_dtype": "fp4",
-        "compress_rope_theta": 160000,
-        "compress_ratios": list(g.ratios),
-        "max_seq_len": g.max_seq_len,
-    }
-
-
 def _write_json(path: Path, value: Any, indent: int | None) -> None:
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    _write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

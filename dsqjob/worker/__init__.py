@@ -30,16 +30,14 @@ def chunk_bytes(memory: int) -> int:
     return min(max((memory - _FOOTPRINT) // _PIECES, _MIB), 64 * _MIB)
 
 
-def run_worker(stage_name: str, index: int, count: int, job: Job, *, run: str = "", poll_seconds: float = 1.0) -> None:
+def run_worker(stage_name: str, index: int, count: int, job: Job, *, run: str = "") -> None:
     """Work until every unit of the stage is done. Raises a DsqjobError; its exit code is the process's."""
     inputs = Inputs(job)
     inputs.workspace.prepare()
     me = whoami(run)
     log = EventLog(inputs.workspace.events, worker=f"{stage_name}-{index}/{count}", host=me["host"], run=run)
     stop = StopRequest()
-    worker = Worker(
-        index, count, chunk_bytes=chunk_bytes(job.memory), log=log, stop=stop, job=run, poll_seconds=poll_seconds
-    )
+    worker = Worker(index, count, chunk_bytes=chunk_bytes(job.memory), log=log, stop=stop, job=run)
     with stop.listening():
         try:
             worker.work(StageState(inputs.workspace, build(stage_name, inputs)))

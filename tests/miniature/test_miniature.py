@@ -16,34 +16,7 @@ from tests.harness import digests, dsqjob, read_checkpoint, write_job
 
 SMALL = {"layers": 2, "experts": 4, "ratios": (0, 4, 0)}
 
-FORWARD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch, model
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.bfloat16)
-args = model.ModelArgs(**json.load(open(sys.argv[1] + "/config.json")))
-net = model.Transformer(args)
-parameters = dict(net.named_parameters(remove_duplicate=False))
-raw = open(sys.argv[2], "rb").read()
-length = int.from_bytes(raw[:8], "little")
-table = json.loads(raw[8 : 8 + length])
-kinds = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
-for name, item in table.items():
-    begin, end = item["data_offsets"]
-    data = torch.frombuffer(bytearray(raw[8 + length + begin : 8 + length + end]), dtype=torch.uint8)
-    parameter = parameters.pop(name).data
-    if item["dtype"] in kinds:
-        assert list(parameter.shape) == item["shape"], name
-        parameter.copy_(data.view(kinds[item["dtype"]]).view(item["shape"]))
-    else:
-        parameter.view(torch.uint8).copy_(data.view(parameter.shape))
-assert set(parameters) == {"mtp.0.embed.weight", "mtp.0.head.weight"}, sorted(parameters)
-ids = torch.randint(0, args.vocab_size, (2, 140), generator=torch.Generator().manual_seed(0))
-logits = net(ids)
-assert logits.shape == (2, args.vocab_size) and logits.dtype == torch.float32
-assert bool(logits.isfinite().all()) and 0.1 < float(logits.std()) < 10
-"""
+FORWARD = Path(__file__).with_name("forward.py")
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -57,6 +30,12 @@ def test_a_folder_with_files_is_refused_and_untouched(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         write("deepseek-v4", tmp_path, seed=1)
     assert caught.value.id == "folder-not-empty" and digests(tmp_path).keys() == {"keep"}
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        write("deepseek-v4", tmp_path / "release", seed=-1)
+    assert caught.value.id == "usage" and not list(tmp_path.iterdir())
 
 
 def test_keys_dtypes_and_shapes_are_those_of_a_release(miniature: Path) -> None:
@@ -107,6 +86,12 @@ def test_the_edges_are_there(miniature: Path) -> None:
     assert (outside & zero).any() and (outside & ~zero).any()
     assert ((scale == 0) & zero).any() and ((scale == 0) & ~zero).any()
     assert (nibbles[outside & zero] == 0x80).any()
+    codes = np.stack([nibbles & 15, nibbles >> 4], -1).reshape(*scale.shape, 32)
+    values = np.array([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    finer = values[codes] * 2.0 ** (scale - scale.max() + 17)[..., None]  # in units of the smallest scale
+    survives = np.isin(finer, values).all(-1)
+    assert (outside & ~zero & survives).any() and (outside & ~zero & ~survives).any()
+    assert (codes[~outside] == 8).any()
 
     def exponent(path: str) -> int:
         return int(tensors[f"{path}.scale"][1].bytes_2d().max())
@@ -133,12 +118,44 @@ def test_experts_of_a_base_release_are_fp8(tmp_path: Path) -> None:
     write("deepseek-v4", tmp_path / "base", seed=1, experts_dtype="fp8", **SMALL)
     tensors = read_checkpoint(tmp_path / "base")
     assert tensors["layers.0.ffn.experts.0.w1.weight"][1].dtype == "F8_E4M3"
+    for name in ("config.json", "inference/config.json"):
+        assert "expert_dtype" not in json.loads((tmp_path / "base" / name).read_text())
+
+
+def forward(folder: Path, miniature: Path, degree: int, *states: Path) -> list[Path]:
+    """What every rank saw, by processes of their own, from the MP files that convert makes."""
+    parallel = {"model_parallel": degree, "nodes": 1, "gpus_per_node": degree}
+    dsqjob("run", write_job(folder, miniature, parallel=parallel), "--stage", "convert")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, FORWARD, miniature / "inference", folder, str(rank), str(degree), *states],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(degree)
+    ]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return [folder / f"states{rank}.npz" for rank in range(degree)]
 
 
 def test_the_model_runs_on_the_converted_weights(tmp_path: Path, miniature: Path) -> None:
-    job = write_job(tmp_path, miniature, parallel={"model_parallel": 1, "nodes": 1, "gpus_per_node": 1})
-    dsqjob("run", job, "--stage", "convert")
-    weights = tmp_path / "work" / "mp" / "model0-mp1.safetensors"
-    command = [sys.executable, "-c", FORWARD, str(miniature / "inference"), str(weights)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    """On one rank; and each block on two, from the same input, gives the same but for the order of sums."""
+    (file,) = forward(tmp_path / "mp1", miniature, 1)
+    alone = np.load(file)
+    logits = alone["logits"]
+    assert logits.shape == (2, 512) and logits.dtype == np.float32
+    assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
+    assert np.corrcoef(logits)[0, 1] < 0.9, "the two texts are answered alike"
+
+    first, second = (np.load(path) for path in forward(tmp_path / "mp2", miniature, 2, file))
+    assert len(first) == 9 and all(np.array_equal(first[name], second[name]) for name in first)
+    for name in first:
+        error = np.linalg.norm(first[name] - alone[name]) / np.linalg.norm(alone[name])
+        assert error < (0.01 if name.startswith("attn") else 0.06), name

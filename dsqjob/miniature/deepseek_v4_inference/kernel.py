@@ -9,8 +9,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _round_up_to_power_of_two(scale):
-    mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    """By its bits: a power function need not be exact on every device. For normal positive FP32."""
+    return ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def _round_e2m1(x):
@@ -48,10 +48,10 @@ def fp4_act_quant(x, block_size=32, inplace=False):
 
 
 def _scale_values(scale):
-    """E8M0 or FP32 scales as FP32."""
+    """E8M0 or FP32 scales as FP32, exactly; byte 0 is the subnormal 2^-127."""
     if scale.dtype == torch.float8_e8m0fnu:
-        one = torch.ones(scale.shape, device=scale.device, dtype=torch.float32)
-        return torch.ldexp(one, scale.view(torch.uint8).int() - 127)
+        byte = scale.view(torch.uint8).int()
+        return torch.where(byte == 0, 1 << 22, byte << 23).view(torch.float32)
     return scale.float()
 
 

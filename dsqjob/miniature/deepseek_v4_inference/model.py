@@ -277,6 +277,7 @@ class Attention(nn.Module):
         self.o_lora_rank, self.eps = args.o_lora_rank, args.norm_eps
         self.ratio = args.compress_ratios[layer_id]
         self.scale = args.head_dim**-0.5
+        self.max_batch_size, self.max_seq_len = args.max_batch_size, args.max_seq_len
         self.attn_sink = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32), requires_grad=False)
         self.wq_a = Linear(args.dim, args.q_lora_rank)
         self.q_norm = RMSNorm(args.q_lora_rank, self.eps)
@@ -313,6 +314,8 @@ class Attention(nn.Module):
     def forward(self, x, start_pos=0):
         assert start_pos == 0, "miniatures prefill only"
         b, s, _ = x.shape
+        if b > self.max_batch_size or not 1 <= s <= self.max_seq_len:
+            raise RuntimeError(f"a batch of shape {[b, s]} does not fit [{self.max_batch_size}, {self.max_seq_len}]")
         freqs = self.freqs_cis[:s]
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).unflatten(-1, (self.n_heads, self.head_dim))
