@@ -13,7 +13,7 @@ from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.stage import Record, Stage, StageState
 from dsqjob.engine.workspace import unique_token
-from dsqjob.errors import EXIT_CODES, BugError, DsqjobError
+from dsqjob.errors import EXIT_CODES, BugError, DsqjobError, UsageError
 from dsqjob.launchers import LAUNCHERS
 from dsqjob.stages import STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
@@ -27,7 +27,7 @@ class Command:
     sets: tuple[str, ...] = ()
 
     def worker(self, stage: str, index: int, count: int, run: str) -> list[str]:
-        argv = [sys.executable, "-m", "dsqjob", "worker", stage, "--worker", str(index), "--workers", str(count)]
+        argv = [sys.executable, "-P", "-m", "dsqjob", "worker", stage, "--worker", str(index), "--workers", str(count)]
         argv += ["--run", run, "--die-with-parent"]
         for item in self.sets:
             argv += ["--set", item]
@@ -60,7 +60,15 @@ def selected(inputs: Inputs, stage: str | None, through: str | None) -> tuple[st
         return (stage,)
     order = pipeline(inputs) if stage is None else STAGES[STAGES.index(stage) :]
     last = STAGES.index(through) if through is not None else len(STAGES)
-    return tuple(name for name in order if STAGES.index(name) <= last)
+    names = tuple(name for name in order if STAGES.index(name) <= last)
+    if not names:
+        raise UsageError(
+            "nothing-selected",
+            f"no stage of this job lies between --stage {stage} and --through {through}",
+            where="--stage, --through",
+            way_out=f"the order is {', '.join(STAGES)}",
+        )
+    return names
 
 
 def restart(inputs: Inputs, names: Sequence[str]) -> list[Path]:

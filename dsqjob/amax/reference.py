@@ -28,6 +28,13 @@ def rank_files(folder: Path) -> list[Path]:
             where=folder,
             way_out="keep the files of one calibration run only",
         )
+    if surplus := [path for path, (rank, world) in found.items() if rank >= world]:
+        raise DataError(
+            "amax-mixed-worlds",
+            "a rank is not of its file's world size",
+            where=surplus[0],
+            way_out="keep the files of one calibration run only",
+        )
     by_rank = {rank: path for path, (rank, _) in found.items()}
     for world in worlds:
         if absent := sorted(set(range(world)) - by_rank.keys()):
@@ -70,7 +77,7 @@ def load_amax(folder: Path, imports: Path) -> Ledger:
 
 
 def _import(files: list[Path], target: Path) -> None:
-    command = [sys.executable, "-m", "dsqjob.amax.reference_import", *map(str, files), str(target)]
+    command = [sys.executable, "-P", "-m", "dsqjob.amax.reference_import", *map(str, files), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dsqjob.amax.ledger import Ledger
 from dsqjob.errors import DataError
+from dsqjob.formats import FormatError, nvfp4
 
 
 class Sharing(NamedTuple):
@@ -81,5 +82,11 @@ def settle(
                 where=f"{where}: {target.path}",
                 way_out="calibrate with more data",
             )
+        try:
+            nvfp4.input_scale(value)
+        except FormatError as error:
+            raise DataError(
+                error.id, str(error), where=f"{where}: {target.path}", way_out="calibrate again with other data"
+            ) from None
         settled[target.path] = Settled(value, weights[target.path], own is None)
     return settled

@@ -129,7 +129,7 @@ def parse(text: bytes, *, path: str | os.PathLike[str], file_size: int) -> Heade
         raise _bad(path, "header-json", "the header does not start with '{'")
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(path, "header-json", f"the header is not JSON: {error}") from None
     metadata = raw.pop(_METADATA, None)
     if metadata is not None and (

@@ -98,7 +98,7 @@ def read_json(path: Path, missing: str) -> tuple[dict[str, Any], bytes]:
 
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise DataError(
             missing,
             f"{path.name} is missing",
@@ -106,7 +106,7 @@ def read_json(path: Path, missing: str) -> tuple[dict[str, Any], bytes]:
             way_out="download the folder again, or point the job file at the right one",
         ) from None
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse)
         if not isinstance(value, dict):
             raise ValueError(f"holds a {type(value).__name__}, not an object")
     except (ValueError, RecursionError) as error:
@@ -114,6 +114,10 @@ def read_json(path: Path, missing: str) -> tuple[dict[str, Any], bytes]:
             "json-invalid", f"{path.name} is not valid: {error}", where=path, way_out="download this file again"
         ) from None
     return value, data
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def read_index(root: Path) -> tuple[dict[str, str], bytes]:

@@ -83,8 +83,7 @@ def worker(stage: str, job: str, index: int, count: int, run_id: str, die_with_p
 
     if die_with_parent:
         work.die_with_parent()
-    if (cache := work.private_cache()) is not None:
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
+    _cache_compiled_code()
     if index >= count:
         raise UsageError("worker-number", f"worker {index} of {count} does not exist", way_out="count from 0")
     work.run_worker(stage, index, count, _load(job, **overrides)[0], run=run_id)
@@ -113,6 +112,8 @@ def verify(target: str, server: str | None, tensor_parallel: int | None, **overr
     With a job: against release and amax. With a checkpoint folder: what its own papers allow.
     """
     from dsqjob.cli.verification import verify_folder, verify_job
+
+    _cache_compiled_code()
 
     if Path(target).is_dir():
         verify_folder(Path(target), server, tensor_parallel)
@@ -154,6 +155,14 @@ def schema(as_json: bool) -> None:
     from dsqjob.job.schema import Job
 
     click.echo(json.dumps(Job.model_json_schema(), indent=2) if as_json else manual())
+
+
+def _cache_compiled_code() -> None:
+    """Keep compiled loops in a private folder of this node: the package's own may be read-only, or on a file server."""
+    from dsqjob.worker import private_cache
+
+    if (cache := private_cache()) is not None:
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
 
 
 def _load(

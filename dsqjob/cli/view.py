@@ -21,8 +21,6 @@ from dsqjob.pipeline import Command, StageResult, restart, run_stage, selected
 from dsqjob.stages import STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
 
-_CHUNK = 32 << 20
-
 
 def print_plan(inputs: Inputs) -> None:
     """Every stage of the job: units, bytes, why it grows, disk; refusals are raised."""

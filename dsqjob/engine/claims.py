@@ -90,14 +90,16 @@ class Claims:
 
     def release(self, claim: Claim) -> None:
         """Give the unit back, with the older generations that this claim outlived."""
+        mine = self._holder(claim.path).get("token") == claim.token
         for generation, path in sorted(self._generations(claim.unit).items()):
-            if generation <= claim.generation:
+            if generation < claim.generation or (generation == claim.generation and mine):
                 with suppress(FileNotFoundError):
                     path.unlink()
 
     def lost(self, claim: Claim) -> bool:
-        """Whether another process took the unit over, having judged this one dead."""
-        return max(self._generations(claim.unit), default=claim.generation) > claim.generation
+        """Whether another process took the unit over, having judged this one dead (and perhaps finished it)."""
+        overtaken = max(self._generations(claim.unit), default=claim.generation) > claim.generation
+        return overtaken or self._holder(claim.path).get("token") != claim.token
 
     def holder(self, unit: str) -> dict[str, Any] | None:
         """Who holds ``unit`` now, or None."""

@@ -18,6 +18,7 @@ from dsqjob.engine.stage import Context, StageState, Unit
 from dsqjob.errors import DataError, DsqjobError, Interrupted, StorageError, UsageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
+_WRONG_PATHS = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE}
 GRACE = 6.0
 """Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
@@ -200,6 +201,13 @@ def in_words(error: OSError) -> DsqjobError | None:
             "a file that was there when the work was planned is gone",
             where=error.filename or "",
             way_out="put it back, then run the same command again: it resumes",
+        )
+    if error.errno in _WRONG_PATHS:
+        return UsageError(
+            "path-unusable",
+            f"{error.strerror}",
+            where=error.filename or "",
+            way_out="name another path in the job file",
         )
     if isinstance(error, PermissionError):
         return UsageError(

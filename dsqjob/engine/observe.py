@@ -36,7 +36,7 @@ def observe(events: Iterable[dict[str, Any]], now: float) -> dict[str, StageSeen
     """Stage name -> what was seen of it, from events in any order."""
     by_stage: dict[str, list[dict[str, Any]]] = {}
     for event in sorted(events, key=lambda event: event.get("time", 0)):
-        if stage := event.get("stage"):
+        if (stage := event.get("stage")) and "time" in event:
             mine = by_stage.setdefault(stage, [])
             if event["event"] == "restart":
                 mine.clear()

@@ -132,7 +132,8 @@ class StageState:
         if not self._file.exists():
             return False
         before = read_state(self._file)
-        changed = self.stage.fingerprint.changes(before["parts"])
+        parts = before.get("parts") if isinstance(before, dict) else None
+        changed = self.stage.fingerprint.changes(parts if isinstance(parts, dict) else {})
         if changed and self.stage.disposable:
             return False
         if changed:
@@ -160,7 +161,7 @@ class StageState:
             data = json_bytes({"parts": dict(self.stage.fingerprint.parts)})
             create_exclusively(self._file, data, unique_token())
             self.compare()
-        if self.stage.owner is not None:
+        if self.stage.owner is not None and self.missing():
             self.workspace.own(self.stage.folder, self.stage.owner, finished=self.stage.owned_before())
 
     def record_path(self, unit: Unit) -> Path:
@@ -258,20 +259,30 @@ class StageState:
     def _remove_outputs(self) -> list[Path]:
         """The outputs of all records, in the reverse order of publishing (a commit file goes first)."""
         removed = []
+        root = self.stage.folder.resolve()
+        if self.stage.owner is not None and self.stage.folder.is_dir():
+            self.workspace.own(self.stage.folder, self.stage.owner, finished=True)
         for path in sorted(self.workspace.records(self.stage.name).glob("*.json")):
-            for output in reversed(Record.from_json(read_state(path)).outputs):
+            for output in reversed(_outputs_of(path)):
                 target = self.stage.folder / output.path
-                if target.is_file() and target.stat().st_size == output.bytes:
+                ours = not target.is_symlink() and target.parent.resolve().is_relative_to(root)
+                if ours and target.is_file() and target.stat().st_size == output.bytes:
                     target.unlink()
                     removed.append(target)
         inside = {folder for path in removed for folder in path.parents if self.stage.folder in folder.parents}
         for folder in sorted(inside, reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
         if self.stage.owner is not None and self.stage.folder.is_dir():
-            if any(path.name != OWNER for path in self.stage.folder.iterdir()):
-                self.workspace.own(self.stage.folder, self.stage.owner, finished=True)
-            else:
+            if not any(path.name != OWNER for path in self.stage.folder.iterdir()):
                 (self.stage.folder / OWNER).unlink(missing_ok=True)
             sync_folder(self.stage.folder)
         return removed
+
+
+def _outputs_of(path: Path) -> tuple[Output, ...]:
+    """The outputs that a record names; none where the record cannot be read."""
+    try:
+        return Record.from_json(read_state(path)).outputs
+    except (DataError, TypeError, KeyError, AttributeError):
+        return ()

@@ -78,6 +78,13 @@ def geometry(release: Release) -> Geometry:
                 where=where,
                 way_out="download config.json again",
             )
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise DataError(
+            "config-field",
+            "quantization_config must be an object",
+            where=where,
+            way_out="download config.json again",
+        )
     return Geometry(**{field: config[name] for field, name in names.items()})
 
 

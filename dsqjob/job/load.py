@@ -249,18 +249,22 @@ def _derive(raw: dict[str, Any], place: Path) -> None:
         else:
             _update(raw, path, lambda value: str(_absolute(value, place)) if isinstance(value, str) else value)
     tokens = raw.get("tokens")
-    for item in tokens.get("data") or [] if isinstance(tokens, dict) else []:
+    data = tokens.get("data") if isinstance(tokens, dict) else None
+    for item in data if isinstance(data, list) else []:
         for kind in ("jsonl", "tokens"):
             if isinstance(item, dict) and isinstance(item.get(kind), str):
                 item[kind] = str(_absolute(item[kind], place))
 
 
 def _absolute(value: str, place: Path) -> Path:
-    return (
-        (place.parent / Path(value).expanduser()).resolve(strict=False)
-        if not Path(value).is_absolute()
-        else Path(value)
-    )
+    """Relative paths count from the job file's folder; those of a shipped job from the current one."""
+    shipped_jobs = Path(str(resources.files("dsqjob").joinpath("jobs")))
+    base = Path.cwd() if place.parent == shipped_jobs else place.parent
+    try:
+        path = Path(value).expanduser()
+        return path if path.is_absolute() else (base / path).resolve(strict=False)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UsageError("job-invalid", f"not a path: {error}", where=f"{place}: {value!r}", way_out=_MANUAL) from None
 
 
 def _get(raw: Any, path: str) -> Any:

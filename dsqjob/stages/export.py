@@ -11,7 +11,10 @@ from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
 from dsqjob.engine.stage import Context, Done, Output, Stage, Unit
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
-from dsqjob.stages.provenance import PROVENANCE, recorded_provenance
+from dsqjob.stages.provenance import recorded_files
+
+_ENOUGH = 3
+"""Files of recorded size that make a folder ours: one might be a coincidence, all would forbid mending."""
 
 
 class Export(Stage):
@@ -73,10 +76,10 @@ class Export(Stage):
         return f"from {self._inputs.job.export.amax}, {fallback} of {len(settled)} projections by fallback"
 
     def owned_before(self) -> bool:
-        """The finished checkpoint's provenance is the one that our finalize recorded."""
-        recorded = recorded_provenance(self._inputs.workspace)
-        path = self.folder / PROVENANCE
-        return recorded is not None and path.is_file() and path.stat().st_size == recorded.bytes
+        """Several of the files that our finalize recorded are there."""
+        known = recorded_files(self._inputs.workspace)
+        files = ((self.folder / output.path, output.bytes) for output in known)
+        return sum(path.is_file() and path.stat().st_size == size for path, size in files) >= _ENOUGH
 
 
 def build(inputs: Inputs) -> Export:

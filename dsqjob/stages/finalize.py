@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from dsqjob.checkpoint.header import read_header
 from dsqjob.checkpoint.release import CONFIG, INDEX, side_files
@@ -18,7 +16,7 @@ from dsqjob.engine.workspace import OWNER
 from dsqjob.errors import BugError, UsageError
 from dsqjob.stages.export import Export
 from dsqjob.stages.inputs import Inputs
-from dsqjob.stages.provenance import PROVENANCE, SUMS, lossless_line, model_card, producer, provenance
+from dsqjob.stages.provenance import PROVENANCE, SUMS, json_text, lossless_line, model_card, producer, provenance
 
 _CARD = "README.md"
 _PIECE = 8 << 20
@@ -47,7 +45,13 @@ class Finalize(Stage):
             {
                 **{f"export: {name}": value for name, value in self._export.fingerprint.parts.items()},
                 "side files": digest_of({name: _file_digest(release.root / name) for name in self._side_files}),
-                "papers": digest_of([producer(), provenance(inputs, {}), (release.root / _CARD).is_file()]),
+                "papers": digest_of(
+                    [
+                        producer(),
+                        provenance(inputs, {}),
+                        _file_digest(release.root / _CARD) if (release.root / _CARD).is_file() else "",
+                    ]
+                ),
             }
         )
 
@@ -101,9 +105,9 @@ class Finalize(Stage):
     def _written(self, records: list[Record]) -> Iterator[tuple[str, bytes]]:
         papers = provenance(self._inputs, totals_of(records))
         for name, value in self._configs.items():
-            yield name, _json(value)
+            yield name, json_text(value)
         yield _CARD, model_card(self._inputs, papers).encode()
-        yield PROVENANCE, _json(papers)
+        yield PROVENANCE, json_text(papers)
 
     def _index(self) -> bytes:
         """The index of the shards as they are, compared with what was planned."""
@@ -118,11 +122,18 @@ class Finalize(Stage):
                 "total-size", f"{total} bytes of tensors, {self._export.total_bytes} planned", where=self.folder
             )
         ordered = dict(sorted(weight_map.items()))
-        return _json({"metadata": {"total_size": total}, "weight_map": ordered})
+        return json_text({"metadata": {"total_size": total}, "weight_map": ordered})
 
     def _copy(self, name: str, context: Context) -> Output:
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.resolve().is_relative_to(self.folder.resolve()):
+            raise UsageError(
+                "output-foreign",
+                "a folder of the checkpoint is a link to somewhere else",
+                where=target.parent,
+                way_out="remove the link",
+            )
         digest, size = hashlib.sha256(), 0
         with (self._inputs.release.root / name).open("rb") as source, publishing(target, context.token) as fd:
             while piece := source.read(_PIECE):
@@ -141,10 +152,6 @@ class Finalize(Stage):
 def totals_of(records: Sequence[Record]) -> dict[str, int]:
     """Source blocks and lossless ones, added up."""
     return {name: sum(int(record.counts.get(name, 0)) for record in records) for name in ("blocks", "lossless")}
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _file_digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def provenance(inputs: Inputs, totals: Mapping[str, int]) -> dict[str, Any]:
         papers["amax"]["fallback_inputs"] = sorted(path for path, value in settled.items() if value.fallback)
         papers["amax"]["allow_uncalibrated"] = sorted(job.export.allow_uncalibrated)
     return papers
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    """JSON as a checkpoint's files have it: two spaces, the order of the value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def lossless_line(totals: Mapping[str, int]) -> str:
@@ -126,10 +132,7 @@ def _code_digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
 
 
-def recorded_provenance(workspace: Workspace) -> Output | None:
-    """What finalize recorded of the provenance file, if it ran in this workspace."""
+def recorded_files(workspace: Workspace) -> tuple[Output, ...]:
+    """What finalize recorded, if it ran in this workspace."""
     path = workspace.records("finalize") / "checkpoint.json"
-    if not path.is_file():
-        return None
-    record = Record.from_json(read_state(path))
-    return next((output for output in record.outputs if output.path == PROVENANCE), None)
+    return Record.from_json(read_state(path)).outputs if path.is_file() else ()

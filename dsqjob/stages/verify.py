@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
 from dsqjob.engine.stage import Context, Done, Record, Stage, StageState, Unit
 from dsqjob.errors import DataError, UsageError
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
+from dsqjob.stages.provenance import PROVENANCE, json_text, model_card, provenance
 from dsqjob.verify.facts import gather_facts
-from dsqjob.verify.findings import ShardReport, failures
+from dsqjob.verify.findings import Finding, ShardReport, failures
 from dsqjob.verify.folder import check_folder, read_shards
 from dsqjob.verify.report import Report, conclude, write_report
 from dsqjob.verify.servers import SERVERS, judge
@@ -85,10 +87,21 @@ class Verify(Stage):
         folder = check_folder(
             self.checkpoint, inputs.release, self._expected(), self._shards, reports, tick=lambda _: None
         )
+        folder = replace(folder, findings=(*folder.findings, *self._papers(reports)))
         facts = gather_facts(folder, self._shards, reports, inputs.release)
         verdicts = [judge(facts, server, tensor_parallel) for server in servers]
         required = servers if len(servers) == 1 else ()
         return conclude(self.checkpoint, reports, folder, facts, verdicts, required=required)
+
+    def _papers(self, reports: Sequence[ShardReport]) -> Iterator[Finding]:
+        """Provenance and model card are what this job's inputs give."""
+        totals = {"blocks": sum(one.blocks for one in reports), "lossless": sum(one.lossless for one in reports)}
+        papers = provenance(self._inputs, totals)
+        written = ((PROVENANCE, json_text(papers)), ("README.md", model_card(self._inputs, papers).encode()))
+        for name, should in written:
+            path = self.checkpoint / name
+            if path.is_file() and path.read_bytes() != should:
+                yield Finding("paper-differs", "fail", "is not what these inputs and settings give", name)
 
     def summary(self, records: Sequence[Record]) -> Sequence[str]:
         report = self.report(records)

@@ -51,6 +51,9 @@ def read_shards(checkpoint: Path) -> Shards:
     """The header of every ``*.safetensors`` in the folder; a broken one is a finding, the others are still read."""
     headers, findings = {}, []
     for path in sorted(checkpoint.glob("*.safetensors")):
+        if not path.is_file():
+            findings.append(Finding("not-a-file", "fail", "is no regular file", path.name))
+            continue
         try:
             headers[path.name] = read_header(path)
         except DataError as error:
@@ -73,7 +76,7 @@ def check_folder(
     Files other than shards are read and hashed here; the shards' hashes come from their reports. ``tick`` is told
     the bytes read and may raise to stop.
     """
-    files = frozenset(_walk(checkpoint))
+    files = frozenset(_walk(checkpoint, frozenset()))
     papers, findings = Papers.read(checkpoint, files)
     findings += shards.findings
     findings += _leftovers(files)
@@ -94,11 +97,11 @@ def check_folder(
     return FolderReport(tuple(findings), papers, files, problems)
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Relative POSIX paths of all files, download and Python caches left out."""
+def _walk(root: Path, ignored: frozenset[str] = _IGNORED_FOLDERS) -> Iterator[str]:
+    """Relative POSIX paths of all files and of linked folders; of a release, caches left out."""
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _IGNORED_FOLDERS]
-        for name in names:
+        folders[:] = [name for name in folders if name not in ignored]
+        for name in names + [name for name in folders if Path(folder, name).is_symlink()]:
             yield Path(folder, name).relative_to(root).as_posix()
 
 
@@ -126,9 +129,12 @@ def _check_index(index: Mapping[str, Any], shards: Shards, files: frozenset[str]
                 yield _fail("tensor-duplicate", f"the tensor is also in {held[entry.name]}", shard, entry.name)
             elif weight_map.get(entry.name) is None:
                 yield _fail("index-unnamed-tensor", "the index does not name it", shard, entry.name)
+            elif weight_map[entry.name] != shard:
+                what = f"the index puts it into {weight_map[entry.name]!r}"
+                yield _fail("index-wrong-shard", what, shard, entry.name)
             held[entry.name] = shard
     for name, shard in weight_map.items():
-        if "/" in shard or shard not in files:
+        if "/" in shard or shard not in files or not shard.endswith(".safetensors"):
             yield _fail("index-missing-shard", f"the index puts it into {shard!r}, which is not there", INDEX, name)
         elif shard in shards.headers and name not in shards.headers[shard].tensors:
             yield _fail("index-missing-tensor", f"the index puts it into {shard}, which lacks it", INDEX, name)

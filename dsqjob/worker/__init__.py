@@ -67,6 +67,9 @@ def die_with_parent() -> None:
 def private_cache() -> Path | None:
     """A node-local folder of this user's for compiled code, or None where a stranger owns the name."""
     folder = Path(tempfile.gettempdir(), f"dsqjob-cache-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return None
     status = folder.lstat()
     return folder if status.st_uid == os.getuid() and status.st_mode & 0o077 == 0 else None
