@@ -49,10 +49,13 @@ def cli() -> None:
 @_overrides
 def plan(job: str, **overrides: Any) -> None:
     """What would be done: sizes, disk, refusals. Reads headers only and writes nothing."""
+    from tempfile import TemporaryDirectory
+
     from dsqjob.cli.view import print_plan
     from dsqjob.stages.inputs import Inputs
 
-    print_plan(Inputs(_load(job, **overrides)[0]))
+    with TemporaryDirectory(prefix="dsqjob-plan-") as aside:
+        print_plan(Inputs(_load(job, **overrides)[0], aside=Path(aside)))
 
 
 @cli.command()

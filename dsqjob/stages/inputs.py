@@ -23,9 +23,11 @@ FORMAT_VERSION = "1"
 class Inputs:
     """A job and what its headers say, read when first asked for."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, aside: Path | None = None) -> None:
+        """``aside``: where an import of amax goes that the workspace does not have yet (a plan writes nothing there)."""
         self.job = job
         self.workspace = Workspace(job.workspace)
+        self._aside = aside
 
     @cached_property
     def family(self) -> Family:
@@ -91,7 +93,10 @@ class Inputs:
         """The amax; those of the reference are imported into the workspace first."""
         if not self.calibrated:
             return None
-        return load_amax(self.job.export.amax, self.workspace.root / "state" / "amax-imports")
+        imports = self.workspace.root / "state" / "amax-imports"
+        if self._aside is not None and not (imports / self.amax_digest).is_dir():
+            imports = self._aside
+        return load_amax(self.job.export.amax, imports)
 
     @cached_property
     def settled(self) -> Mapping[str, Settled] | None:

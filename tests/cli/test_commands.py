@@ -102,6 +102,13 @@ def test_a_shard_that_vanishes_is_named(tmp_path: Path, miniature: Path) -> None
     assert "model-00002" in worded.where and not list((tmp_path / "out").glob("*.partial-*"))
 
 
+def test_plan_with_the_references_amax_writes_nothing(tmp_path: Path, golden: Path) -> None:
+    settings = {"export__amax": golden / "amax-mp2", "export__input_scale": "calibrated"}
+    job = write_job(tmp_path, golden / "release", **settings)
+    assert "6 of 72 projections by fallback" in dsqjob("plan", job).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
 def test_plan_tells_sizes_route_and_growth(tmp_path: Path, miniature: Path) -> None:
     text = dsqjob("plan", write_job(tmp_path, miniature)).stdout
     assert "192 expert projections become NVFP4 by cast" in text
