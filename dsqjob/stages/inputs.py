@@ -24,7 +24,7 @@ class Inputs:
     """A job and what its headers say, read when first asked for."""
 
     def __init__(self, job: Job, *, aside: Path | None = None) -> None:
-        """``aside``: where an import of amax goes that the workspace does not have yet (a plan writes nothing there)."""
+        """``aside``: where amax are imported to that the workspace does not have yet (a plan writes nothing there)."""
         self.job = job
         self.workspace = Workspace(job.workspace)
         self._aside = aside
