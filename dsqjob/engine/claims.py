@@ -84,7 +84,7 @@ class Claims:
         generation = max(held, default=-1) + 1
         claim = Claim(unit, generation, unique_token(), self.folder / f"{unit}.{generation}")
         data = json.dumps({**self._me, "token": claim.token}).encode()
-        if not create_exclusively(claim.path, data, claim.token):
+        if not create_exclusively(claim.path, data, claim.token, durable=False):
             return None
         return claim, [token for path in held.values() if (token := self._holder(path).get("token"))]
 

@@ -55,18 +55,20 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def create_exclusively(path: Path, data: bytes, token: str) -> bool:
+def create_exclusively(path: Path, data: bytes, token: str, *, durable: bool = True) -> bool:
     """Make ``path`` with its content in one step, unless it exists; whether this call made it.
 
     ``link`` shows a file with its content at once; where the file system has no hard links, ``O_EXCL`` and a write
     stand in, and a reader may meet an empty file for an instant. A sweep that takes the unlinked file away in between
-    costs another try.
+    costs another try. ``durable`` files survive a loss of power; a claim need not.
     """
     aside = partial_path(path, token)
     while True:
-        _write_new(aside, data, os.O_TRUNC)
+        _write_new(aside, data, os.O_TRUNC, durable)
         try:
             os.link(aside, path)
+            if durable:
+                sync_folder(path.parent)
             return True
         except FileExistsError:
             return False
@@ -74,7 +76,7 @@ def create_exclusively(path: Path, data: bytes, token: str) -> bool:
             continue
         except OSError:
             try:
-                _write_new(path, data, os.O_EXCL)
+                _write_new(path, data, os.O_EXCL, durable)
                 return True
             except FileExistsError:
                 return False
@@ -83,10 +85,12 @@ def create_exclusively(path: Path, data: bytes, token: str) -> bool:
                 aside.unlink()
 
 
-def _write_new(path: Path, data: bytes, how: int) -> None:
+def _write_new(path: Path, data: bytes, how: int, durable: bool) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_CLOEXEC, 0o666)
     try:
         write_all(fd, data, 0)
+        if durable:
+            os.fsync(fd)
     finally:
         os.close(fd)
 

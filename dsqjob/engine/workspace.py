@@ -104,7 +104,7 @@ class Workspace:
                 "output-foreign",
                 "another workspace or stage is writing this output folder",
                 where=owner,
-                way_out="choose another folder, or finish or clean the other job first",
+                way_out="choose another folder, or finish the other job; if its workspace is gone, remove this file",
             )
 
 
