@@ -201,3 +201,40 @@ def test_output_and_release_must_lie_apart(tmp_path: Path, release: Path) -> Non
 def test_a_release_that_is_not_there(tmp_path: Path) -> None:
     done = dsqjob("plan", write_job(tmp_path / "job", tmp_path / "none"), code=65)
     assert error_id(done) == "release-missing"
+
+
+def _job(change: Callable[[str], str]) -> Callable[[Path], tuple[object, ...]]:
+    def damage(job: Path) -> tuple[object, ...]:
+        job.write_text(change(job.read_text()))
+        return ("plan", job)
+
+    return damage
+
+
+JOBS: dict[str, tuple[Callable[[Path], tuple[object, ...]], str, str, str]] = {
+    "unknown key": (_job(lambda text: text + "exprot: {}\n"), "job-unknown-key", "exprot", "export"),
+    "unknown key inside": (
+        _job(lambda text: text.replace("input_scale:", "input_scael:")), "job-unknown-key", "export.input_scael", "input_scale",
+    ),
+    "doubled key": (_job(lambda text: text + "name: again\n"), "job-doubled-key", "job.yaml:", "remove"),
+    "missing variable": (
+        _job(lambda text: text.replace("release: ", "release: ${NOWHERE_SET}")), "variable-missing", "release", "NOWHERE_SET",
+    ),
+    "nodes that do not fill the gang": (
+        _job(lambda text: text.replace("nodes: 1", "nodes: 3")), "job-invalid", "parallel", "schema",
+    ),
+    "nodes that do not divide": (lambda job: ("plan", job, "--nodes", 3), "nodes-divide", "--nodes", "--mp"),
+    "no such job": (lambda job: ("plan", job.with_name("jbo.yaml")), "job-missing", "jbo.yaml", "readable job file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JOBS)
+def test_a_wrong_job_is_refused_through_the_command_line(tmp_path: Path, small: Path, case: str) -> None:
+    damage, cause, place, help_word = JOBS[case]
+    arguments = damage(write_job(tmp_path / "job", small))
+    for command in (arguments, ("run", *arguments[1:])):
+        done = dsqjob(*command, code=64)
+        where, _, way_out = done.stderr.partition("way out")
+        assert error_id(done) == cause and place in where and help_word in way_out + where
+        assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["job.yaml"]

@@ -225,6 +225,12 @@ def test_miniature_refuses_unknown_families_and_full_folders(tmp_path: Path) -> 
     assert error_id(dsqjob("miniature", "deepseek-v4", tmp_path / "full", code=64)) == "folder-not-empty"
 
 
+def test_miniature_gives_the_same_bytes_for_the_same_seed(tmp_path: Path) -> None:
+    for folder, seed in (("a", 7), ("b", 7), ("c", 8)):
+        dsqjob("miniature", "deepseek-v4", tmp_path / folder, "--seed", seed)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
+
+
 def test_schema_prints_manual_and_json() -> None:
     assert "weights: auto | cast | requantize, default auto" in dsqjob("schema").stdout
     assert "properties" in json.loads(dsqjob("schema", "--json").stdout)
