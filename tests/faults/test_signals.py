@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -9,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from dsqjob.miniature import write
 from tests.faults.processes import kill_all, of_job, wait_until
-from tests.harness import command, digests, worker, write_job
+from tests.harness import command, digests, dsqjob, error_id, worker, write_job
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "release"
+    write("deepseek-v4", folder, seed=3, layers=2, experts=4, ratios=(0, 4, 0), vocab=384)
+    return folder
 
 
 def begun(folder: Path) -> bool:
@@ -37,6 +46,49 @@ def test_a_run_stops_its_workers_and_resumes(tmp_path: Path, miniature: Path, nu
     assert digests(tmp_path / "a" / "out") == digests(tmp_path / "b" / "out")
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_worker_alone_stops_and_another_resumes(tmp_path: Path, small: Path, number: signal.Signals) -> None:
+    """SIGSTOP first, so that the signal certainly comes while a unit is under way."""
+    job = write_job(tmp_path, small)
+    process = subprocess.Popen(worker("export", job), stderr=subprocess.PIPE, text=True)
+    claims = tmp_path / "work" / "state" / "export" / "claims"
+    wait_until(lambda: claims.is_dir() and any(claims.glob("model-*")))
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 75 and number.name in said and "way out" in said
+    assert not list(claims.iterdir()) and not list((tmp_path / "out").glob("*.partial-*"))
+    subprocess.run(worker("export", job), check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.needs("strace")
+def test_a_live_workers_unit_is_spared_by_clean_and_forbids_a_restart(tmp_path: Path, small: Path) -> None:
+    """strace holds the worker at its first rename: the shard is whole, but not yet published."""
+    job = write_job(tmp_path, small)
+    log = tmp_path / "trace"
+    hold = ["-e", "trace=rename", "-e", "inject=rename:delay_enter=60000000"]
+    traced = subprocess.Popen(["strace", "-f", "-qq", "-o", str(log), *hold, *worker("export", job)])
+    folders = tmp_path / "out", tmp_path / "work" / "state" / "export" / "claims"
+    try:
+        wait_until(lambda: log.exists() and "rename(" in log.read_text())
+        before = [digests(folder) for folder in folders]
+        assert any(".partial-" in name for name in before[0]) and len(before[1]) == 1
+        assert "nothing to clean" in dsqjob("clean", job).stdout
+        done = dsqjob("run", job, "--stage", "export", "--restart", code=64)
+        assert error_id(done) == "restart-while-running" and "claims" in done.stderr
+        assert [digests(folder) for folder in folders] == before
+    finally:  # the worker goes before strace, which would let it run on
+        for pid in of_job(job):
+            if pid != traced.pid:
+                os.kill(pid, signal.SIGKILL)
+        traced.kill()
+        traced.wait()
+        kill_all(job)
+    assert "2 leftovers removed" in dsqjob("clean", job).stdout
+    dsqjob("run", job, "--stage", "export", "--restart")
+
+
 @pytest.mark.needs("strace")
 def test_a_worker_whose_fsync_hangs_leaves_within_ten_seconds(tmp_path: Path, miniature: Path) -> None:
     """strace holds the first fsync for a minute, and the worker's main thread with it; its signal thread must end the
@@ -49,7 +101,7 @@ def test_a_worker_whose_fsync_hangs_leaves_within_ten_seconds(tmp_path: Path, mi
         wait_until(lambda: log.exists() and "fsync(" in log.read_text())
         (pid,) = [pid for pid in of_job(job) if pid != traced.pid]
         subprocess.run(["kill", "-TERM", str(pid)], check=True)
-        wait_until(lambda: "exit_group(75)" in log.read_text(), 10)
+        wait_until(lambda: "exit_group(75" in log.read_text(), 10)
     finally:
         traced.kill()
         traced.wait()
