@@ -14,8 +14,8 @@ from types import FrameType
 
 from dsqjob.engine.claims import Claim, Claims
 from dsqjob.engine.events import EventLog
-from dsqjob.engine.stage import Context, StageState, Unit
-from dsqjob.errors import DataError, DsqjobError, Interrupted, StorageError, UsageError
+from dsqjob.engine.stage import Context, PooledStage, StageState, Unit
+from dsqjob.errors import BugError, DataError, DsqjobError, Interrupted, StorageError, UsageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
 _WRONG_PATHS = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -120,7 +120,7 @@ class Worker:
 
         Units that other workers hold are waited for, since a holder may die and leave its unit to us.
         """
-        stage = state.stage
+        stage = _pooled(state)
         state.begin()
         claims = Claims(state.workspace.claims(stage.name), job=self._job)
         self._log.write(
@@ -168,7 +168,7 @@ class Worker:
         return True
 
     def _do(self, unit: Unit, state: StageState, claim: Claim) -> None:
-        stage = state.stage
+        stage = _pooled(state)
         begun = time.monotonic()
         self._log.write("unit", stage=stage.name, unit=unit.id, bytes=unit.work)
         context = _UnitContext(claim, self._chunk_bytes, self._stop, self._log, stage.name)
@@ -191,6 +191,12 @@ class Worker:
                 time.sleep(self._retry * attempt)
         seconds = time.monotonic() - begun
         self._log.write("unit-done", stage=stage.name, unit=unit.id, bytes=unit.work, seconds=round(seconds, 3))
+
+
+def _pooled(state: StageState) -> PooledStage:
+    if not isinstance(state.stage, PooledStage):
+        raise BugError("stage-shape", f"{state.stage.name} is the work of a gang, not of single workers")
+    return state.stage
 
 
 def in_words(error: OSError) -> DsqjobError | None:

@@ -81,12 +81,11 @@ class Context(ABC):
         """Report ``nbytes`` of progress; raises Interrupted when asked to stop."""
 
 
-class Stage(ABC):
-    """Units that are done once each, in any order, by any number of workers."""
+class Stage:
+    """What is made once and remembered: units with a fingerprint. How it is done is said by its two kinds."""
 
     name: str
     folder: Path
-    fingerprint: Fingerprint
     units: Sequence[Unit]
     owner: str | None = None
     """Under which name the folder is owned; None for a stage that writes into the workspace only."""
@@ -94,18 +93,19 @@ class Stage(ABC):
     disposable: bool = False
     """Whether nothing is lost by beginning again: then a changed fingerprint does so by itself."""
 
-    def check(self) -> None:  # noqa: B027 (most stages can begin at any time)
-        """Refuse to begin while what an earlier stage makes is missing (UsageError)."""
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the output depends on; asking needs everything that earlier stages make."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def do(self, unit: Unit, context: Context) -> Done:
-        """Make the unit's outputs, publishing each under its final name, and say what was made."""
+    def check(self) -> None:
+        """Refuse to begin while what an earlier stage makes is missing (UsageError)."""
 
     def owned_before(self) -> bool:
         """Whether this workspace once finished ``folder``, although no owner file says so."""
         return False
 
-    def settle(self) -> None:  # noqa: B027 (most stages have nothing to settle)
+    def settle(self) -> None:
         """Called once all units have records; may be called again."""
 
     def describe(self) -> Sequence[str]:
@@ -117,6 +117,18 @@ class Stage(ABC):
         return ()
 
 
+class PooledStage(Stage, ABC):
+    """Units that are done once each, in any order, by any number of workers."""
+
+    @abstractmethod
+    def do(self, unit: Unit, context: Context) -> Done:
+        """Make the unit's outputs, publishing each under its final name, and say what was made."""
+
+
+class GangStage(Stage):
+    """One unit that ranks on one or more nodes make together, all alive at the same time."""
+
+
 class StageState:
     """A stage's memory in a workspace: fingerprint, records, claims."""
 
@@ -124,7 +136,6 @@ class StageState:
         self.workspace = workspace
         self.stage = stage
         self._file = workspace.stage_file(stage.name)
-        self._digest = stage.fingerprint.digest
 
     def compare(self) -> bool:
         """Whether work with this fingerprint was begun before. UsageError ``fingerprint-changed`` where it was
@@ -178,7 +189,7 @@ class StageState:
             raise DataError(
                 "state-damaged", "a record has the wrong form", where=path, way_out="remove this file and run again"
             ) from None
-        if record.fingerprint != self._digest:
+        if record.fingerprint != self.stage.fingerprint.digest:
             return None
         for output in record.outputs:
             try:
@@ -189,7 +200,9 @@ class StageState:
         return record
 
     def write_record(self, unit: Unit, done: Done, *, worker: str, host: str, seconds: float, token: str) -> None:
-        record = Record(unit.id, self._digest, done.outputs, worker, host, round(seconds, 3), done.counts)
+        record = Record(
+            unit.id, self.stage.fingerprint.digest, done.outputs, worker, host, round(seconds, 3), done.counts
+        )
         publish_json(self.record_path(unit), record.to_json(), token)
 
     def missing(self) -> list[Unit]:
@@ -224,7 +237,7 @@ class StageState:
         live = {token for folder in self.workspace.all_claims() for token in Claims(folder).live_tokens()}
         folders = {self.stage.folder / Path(output).parent for unit in self.stage.units for output in unit.outputs}
         folders |= {self.stage.folder, claims_folder, claims_folder.parent, claims_folder.parent.parent}
-        folders.add(self.workspace.records(self.stage.name))
+        folders |= {self.workspace.records(self.stage.name), self.workspace.ranks(self.stage.name)}
         swept = []
         for folder in sorted(folders):
             for path in sorted(folder.glob(f"*{PARTIAL}*")) if folder.is_dir() else []:
@@ -250,7 +263,8 @@ class StageState:
             )
         removed = self.sweep_all()
         removed += self._remove_outputs()
-        for folder in (self.workspace.records(self.stage.name), self.workspace.claims(self.stage.name)):
+        name = self.stage.name
+        for folder in (self.workspace.records(name), self.workspace.claims(name), self.workspace.ranks(name)):
             for path in folder.iterdir() if folder.is_dir() else []:
                 path.unlink()
         self._file.unlink()

@@ -39,6 +39,14 @@ class Workspace:
     def claims(self, name: str) -> Path:
         return self.stage(name) / "claims"
 
+    def ranks(self, name: str) -> Path:
+        """What the ranks of a gang keep to resume from."""
+        return self.stage(name) / "ranks"
+
+    def gang(self, name: str, attempt: str) -> Path:
+        """Where the nodes of one attempt tell each other how it ended."""
+        return self.stage(name) / "gang" / attempt
+
     def all_claims(self) -> list[Path]:
         """The claims' folders of every stage that was begun."""
         return sorted((self.root / "state").glob("*/claims"))

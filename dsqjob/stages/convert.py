@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from dsqjob.dataplan.file_sink import pour_file
 from dsqjob.dataplan.plan import FilePlan
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.fingerprint import Fingerprint
 from dsqjob.engine.publish import publish_bytes
-from dsqjob.engine.stage import Context, Done, Output, Stage, Unit
+from dsqjob.engine.stage import Context, Done, Output, PooledStage, Unit
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
 
 _TOKENIZER = "tokenizer"
 
 
-class Convert(Stage):
+class Convert(PooledStage):
     """Units: the file of each rank, and the tokenizer."""
 
     name = "convert"
@@ -36,11 +38,14 @@ class Convert(Stage):
             size = sum((release.root / name).stat().st_size for name in self._side_files)
             units.append(Unit(_TOKENIZER, self._side_files, size, size))
         self.units = units
-        self.fingerprint = Fingerprint(
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(
             {
-                **inputs.release_parts(),
+                **self._inputs.release_parts(),
                 "parallel.model_parallel": str(self._n),
-                "checksums": str(inputs.job.checksums),
+                "checksums": str(self._inputs.job.checksums),
                 "format": FORMAT_VERSION,
             }
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 
 from dsqjob.checkpoint.header import Entry
 from dsqjob.dataplan.file_sink import pour_file
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
-from dsqjob.engine.stage import Context, Done, Output, Stage, Unit
+from dsqjob.engine.stage import Context, Done, Output, PooledStage, Unit
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
 from dsqjob.stages.provenance import recorded_files
 
@@ -17,7 +18,7 @@ _ENOUGH = 3
 """Files of recorded size that make a folder ours: one might be a coincidence, all would forbid mending."""
 
 
-class Export(Stage):
+class Export(PooledStage):
     """Units: the release's shards. A shard's plan is laid out when its turn comes."""
 
     name = "export"
@@ -40,13 +41,16 @@ class Export(Stage):
             units.append(Unit(shard, (shard,), size, size + grown[shard]))
         self.units = units
         self.total_bytes = sum(unit.bytes_out for unit in units)
-        self.fingerprint = Fingerprint(
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(
             {
-                **inputs.release_parts(),
-                "export.amax": inputs.amax_digest,
-                "export.weights": inputs.route,
-                "export.allow_uncalibrated": digest_of(sorted(inputs.job.export.allow_uncalibrated)),
-                "checksums": str(inputs.job.checksums),
+                **self._inputs.release_parts(),
+                "export.amax": self._inputs.amax_digest,
+                "export.weights": self._inputs.route,
+                "export.allow_uncalibrated": digest_of(sorted(self._inputs.job.export.allow_uncalibrated)),
+                "checksums": str(self._inputs.job.checksums),
                 "format": FORMAT_VERSION,
             }
         )

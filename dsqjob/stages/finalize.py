@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from dsqjob.checkpoint.header import read_header
 from dsqjob.checkpoint.release import CONFIG, INDEX, side_files
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
 from dsqjob.engine.publish import publish_bytes, publishing, write_all
-from dsqjob.engine.stage import Context, Done, Output, Record, Stage, StageState, Unit
+from dsqjob.engine.stage import Context, Done, Output, PooledStage, Record, StageState, Unit
 from dsqjob.engine.workspace import OWNER
 from dsqjob.errors import BugError, UsageError
 from dsqjob.stages.export import Export
@@ -22,7 +23,7 @@ _CARD = "README.md"
 _PIECE = 8 << 20
 
 
-class Finalize(Stage):
+class Finalize(PooledStage):
     """One unit. Everything is written in one order, the index at the end."""
 
     name = "finalize"
@@ -41,16 +42,17 @@ class Finalize(Stage):
         outputs += [SUMS] if inputs.job.checksums else []
         size = sum(sizes.values())
         self.units = [Unit("checkpoint", (*outputs, INDEX), size, size)]
-        self.fingerprint = Fingerprint(
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        root = self._inputs.release.root
+        card = root / _CARD
+        return Fingerprint(
             {
                 **{f"export: {name}": value for name, value in self._export.fingerprint.parts.items()},
-                "side files": digest_of({name: _file_digest(release.root / name) for name in self._side_files}),
+                "side files": digest_of({name: _file_digest(root / name) for name in self._side_files}),
                 "papers": digest_of(
-                    [
-                        producer(),
-                        provenance(inputs, {}),
-                        _file_digest(release.root / _CARD) if (release.root / _CARD).is_file() else "",
-                    ]
+                    [producer(), provenance(self._inputs, {}), _file_digest(card) if card.is_file() else ""]
                 ),
             }
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
-from dsqjob.engine.stage import Context, Done, Record, Stage, StageState, Unit
+from dsqjob.engine.stage import Context, Done, PooledStage, Record, StageState, Unit
 from dsqjob.errors import DataError, UsageError
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
 from dsqjob.stages.provenance import PROVENANCE, json_text, model_card, provenance
@@ -20,7 +21,7 @@ from dsqjob.verify.settled import Expected, settle
 from dsqjob.verify.shard import check_shard, routed_projections
 
 
-class Verify(Stage):
+class Verify(PooledStage):
     """Units: the checkpoint's shards. Beginning again costs reading only, so a changed checkpoint is simply read
     again."""
 
@@ -33,12 +34,15 @@ class Verify(Stage):
         self.folder = inputs.workspace.reports
         self._shards = read_shards(self.checkpoint)
         self.units = [Unit(name, (), header.file_size, 0) for name, header in self._shards.headers.items()]
-        self.fingerprint = Fingerprint(
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(
             {
-                **inputs.release_parts(),
+                **self._inputs.release_parts(),
                 "checkpoint": digest_of(self._files()),
-                "export.amax": inputs.amax_digest,
-                "export.weights": inputs.route,
+                "export.amax": self._inputs.amax_digest,
+                "export.weights": self._inputs.route,
                 "format": FORMAT_VERSION,
             }
         )

@@ -10,12 +10,12 @@ from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest, Worker
 from dsqjob.engine.fingerprint import Fingerprint
 from dsqjob.engine.publish import publishing, write_all
-from dsqjob.engine.stage import Context, Done, Output, Stage, StageState, Unit
+from dsqjob.engine.stage import Context, Done, Output, PooledStage, StageState, Unit
 from dsqjob.engine.workspace import Workspace
 from dsqjob.errors import Interrupted
 
 
-class Toy(Stage):
+class Toy(PooledStage):
     """Unit ``u3`` writes 3 pieces of a kilobyte, ``seconds`` apart."""
 
     name = "toy"
@@ -25,8 +25,12 @@ class Toy(Stage):
         self.folder = root / "out"
         self.seconds = seconds
         self.units = [Unit(f"u{n}", (f"u{n}.bin",), 1024 * n, 1024 * n) for n in range(1, units + 1)]
-        self.fingerprint = Fingerprint({"version": version, "units": str(units)})
+        self.parts = {"version": version, "units": str(units)}
         self.begun: list[str] = []
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.parts)
 
     def do(self, unit: Unit, context: Context) -> Done:
         self.begun.append(unit.id)
@@ -43,7 +47,7 @@ def content(n: int) -> bytes:
     return b"".join(bytes([k]) * 1024 for k in range(n))
 
 
-def work(root: Path, toy: Stage, index: int = 0, count: int = 1, stop: StopRequest | None = None) -> StageState:
+def work(root: Path, toy: Toy, index: int = 0, count: int = 1, stop: StopRequest | None = None) -> StageState:
     """Run a worker in this process."""
     workspace = Workspace(root / "work")
     state = StageState(workspace, toy)
