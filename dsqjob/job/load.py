@@ -22,6 +22,7 @@ _DERIVED: tuple[tuple[str, str, str], ...] = (
     ("inference_dir", "release", "inference"),
     ("inference_config", "inference_dir", "config.json"),
     ("convert.output", "workspace", "mp"),
+    ("tokens.output", "workspace", "tokens"),
     ("calibrate.output", "workspace", "amax"),
     ("calibrate.mp_checkpoint", "convert.output", ""),
     ("export.amax", "calibrate.output", ""),

@@ -89,6 +89,8 @@ def _default_tokens() -> list[TokenSource]:
 class Tokens(_Section):
     """Calibration data."""
 
+    output: Path = DERIVED
+    """Folder for the token ids. Default: `<workspace>/tokens`."""
     data: list[TokenSource] = Field(default_factory=_default_tokens, min_length=1)
     """Sources in order; by default 64 samples each of cnn_dailymail and nemotron-post-training-dataset-v2."""
     sequence_length: Count = 512
@@ -102,6 +104,21 @@ class Convert(_Section):
     """Folder for the model-parallel files. Default: `<workspace>/mp`."""
 
 
+class Timeouts(_Section):
+    """Seconds after which a gang that does not get on is given up, with exit code 69."""
+
+    rendezvous: Count = 300
+    """Until every node has arrived."""
+    load: Count = 3600
+    """Until every rank holds its weights."""
+    batch: Count = 1200
+    """A batch through the whole model."""
+    save: Count = 300
+    """Leaving the files at the end."""
+    silence: Count = 30
+    """A rank, or a node, that gives no sign of life."""
+
+
 class Calibrate(_Section):
     """How amax are measured."""
 
@@ -113,6 +130,14 @@ class Calibrate(_Section):
     """Samples a forward."""
     output: Path = DERIVED
     """Folder for the amax. Default: `<workspace>/amax`."""
+    threads: Count = 1
+    """CPU threads of a rank; on a CPU another number may give another last bit."""
+    require_known_code: Annotated[bool, Strict()] = False
+    """Refuse vendor code whose SHA-256 is neither in dsqjob's table nor in known_code."""
+    known_code: list[str] = Field(default_factory=list)
+    """SHA-256 of vendor files that you vouch for."""
+    timeouts: Timeouts = Timeouts()
+    """When a gang is given up."""
 
 
 class Export(_Section):
@@ -138,8 +163,8 @@ class Launcher(_Section):
     """local: processes of this machine."""
     workers: Count = 2
     """Processes that share a data-parallel stage."""
-    max_faults: Annotated[int, Strict(), Field(ge=0)] = 0
-    """How often, in all, a worker that died is started again."""
+    max_faults: Annotated[int, Strict(), Field(ge=0)] = 3
+    """How often, in all, a worker or a gang that died is started again."""
 
 
 class Job(_Section):

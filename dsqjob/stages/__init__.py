@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dsqjob.engine.stage import Stage
     from dsqjob.stages.inputs import Inputs
 
-STAGES = ("convert", "export", "finalize", "verify")
+STAGES = ("tokens", "convert", "calibrate", "export", "finalize", "verify")
 """In the order of the pipeline."""
 
 
@@ -20,7 +20,10 @@ def build(name: str, inputs: Inputs) -> Stage:
 
 
 def pipeline(inputs: Inputs) -> tuple[str, ...]:
-    """The stages that the whole job needs."""
+    """The stages that the whole job needs: calibration only where its amax are the ones that export reads."""
     job = inputs.job
-    calibrates = job.export.input_scale == "calibrated"
-    return STAGES if calibrates and job.calibrate.source == "mp" else STAGES[1:]
+    measured = job.export.input_scale == "calibrated" and job.export.amax == job.calibrate.output
+    converted = measured and job.calibrate.source == "mp" and job.calibrate.mp_checkpoint == job.convert.output
+    left_out = set() if measured else {"tokens", "calibrate"}
+    left_out |= set() if converted else {"convert"}
+    return tuple(name for name in STAGES if name not in left_out)

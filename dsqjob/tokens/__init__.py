@@ -1,0 +1,1 @@
+"""Calibration text becomes token ids."""
