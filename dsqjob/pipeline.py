@@ -11,7 +11,7 @@ from pathlib import Path
 from dsqjob.engine.claims import whoami
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest
-from dsqjob.engine.stage import Record, Stage, StageState
+from dsqjob.engine.stage import GangStage, Record, Stage, StageState
 from dsqjob.engine.workspace import unique_token
 from dsqjob.errors import EXIT_CODES, BugError, DsqjobError, UsageError
 from dsqjob.launchers import LAUNCHERS
@@ -21,14 +21,20 @@ from dsqjob.stages.inputs import Inputs
 
 @dataclass(frozen=True)
 class Command:
-    """How a worker of this job is started: everything after ``dsqjob worker STAGE --worker I --workers N``."""
+    """How the workers of this job are started: command lines that any launcher runs somewhere."""
 
     job: str
     sets: tuple[str, ...] = ()
 
     def worker(self, stage: str, index: int, count: int, run: str) -> list[str]:
-        argv = [sys.executable, "-P", "-m", "dsqjob", "worker", stage, "--worker", str(index), "--workers", str(count)]
-        argv += ["--run", run, "--die-with-parent"]
+        return self._worker(stage, run, "--worker", str(index), "--workers", str(count))
+
+    def node(self, stage: str, index: int, rendezvous: str, attempt: str, run: str) -> list[str]:
+        """The supervisor of one node of a gang."""
+        return self._worker(stage, run, "--node", str(index), "--rendezvous", rendezvous, "--attempt", attempt)
+
+    def _worker(self, stage: str, run: str, *which: str) -> list[str]:
+        argv = [sys.executable, "-P", "-m", "dsqjob", "worker", stage, *which, "--run", run, "--die-with-parent"]
         for item in self.sets:
             argv += ["--set", item]
         return [*argv, self.job]
@@ -92,28 +98,51 @@ def run_stage(
     state = StageState(inputs.workspace, stage)
     begun = state.compare()
     missing = state.missing()
-    if begun and not missing:
+    worked = bool(missing) or stage.wanted()
+    if begun and not worked:
         stage.settle()
     else:
         stage.check()
         state.check_disk()
         state.begin()
-        _launch(inputs, stage, len(missing), command, stop, lambda: watch(stage))
+        if isinstance(stage, GangStage):
+            _launch_gang(inputs, stage, command, stop, lambda: watch(stage))
+        else:
+            _launch_pool(inputs, stage, command, stop, lambda: watch(stage))
     records = tuple(record for unit in stage.units if (record := state.record(unit)) is not None)
     if len(records) < len(stage.units):
         raise BugError("stage-incomplete", f"workers of {name} ended well, yet units are missing", where=stage.folder)
-    return StageResult(stage, records, bool(missing))
+    return StageResult(stage, records, worked)
 
 
-def _launch(
-    inputs: Inputs, stage: Stage, missing: int, command: Command, stop: StopRequest, watch: Callable[[], None]
-) -> None:
-    launcher = inputs.job.launcher
-    run = unique_token()
-    count = max(1, min(launcher.workers, missing))
+def _launch_pool(inputs: Inputs, stage: Stage, command: Command, stop: StopRequest, watch: Callable[[], None]) -> None:
+    launcher, run = inputs.job.launcher, unique_token()
+    count = max(1, min(launcher.workers, len(StageState(inputs.workspace, stage).missing())))
     commands = [command.worker(stage.name, index, count, run) for index in range(count)]
     logs = [inputs.workspace.logs / f"{stage.name}-{index}.log" for index in range(count)]
     run_workers = import_module(LAUNCHERS[launcher.kind]).run_workers
     code, said = run_workers(commands, logs, max_faults=launcher.max_faults, stop=stop, watch=watch)
+    if code:
+        raise WorkersFailed(code, said, inputs.workspace.logs)
+
+
+def _launch_gang(
+    inputs: Inputs, stage: GangStage, command: Command, stop: StopRequest, watch: Callable[[], None]
+) -> None:
+    launcher, run, nodes = inputs.job.launcher, unique_token(), range(stage.nodes)
+
+    def commands(rendezvous: str, attempt: str) -> list[list[str]]:
+        return [command.node(stage.name, index, rendezvous, attempt, run) for index in nodes]
+
+    code, said = import_module(LAUNCHERS[launcher.kind]).run_gang(
+        commands,
+        [inputs.workspace.logs / f"{stage.name}-node{index}.log" for index in nodes],
+        run=run,
+        gpus_per_node=0 if inputs.job.device == "cpu" else stage.ranks_per_node,
+        patience=stage.silence_seconds,
+        max_faults=launcher.max_faults,
+        stop=stop,
+        watch=watch,
+    )
     if code:
         raise WorkersFailed(code, said, inputs.workspace.logs)

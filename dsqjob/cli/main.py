@@ -13,7 +13,7 @@ import click
 
 from dsqjob import __version__
 from dsqjob.errors import BugError, DsqjobError, Interrupted, UsageError
-from dsqjob.stages import STAGES
+from dsqjob.stages import GANGS, STAGES
 
 if TYPE_CHECKING:
     from dsqjob.job.schema import Job
@@ -64,33 +64,67 @@ def plan(job: str, **overrides: Any) -> None:
 @click.option("--stage", type=click.Choice(STAGES), help="This stage only, or the first one with --through.")
 @click.option("--through", type=click.Choice(STAGES), help="The last stage.")
 @click.option("--restart", is_flag=True, help="Remove what the selected stages made, and begin again.")
+@click.option("--generate", metavar="PROMPT", help="Continue PROMPT through the quantized model after calibration.")
+@click.option("--dummy-weights", is_flag=True, help="Calibrate made-up weights: tries the wiring at full size.")
+@click.option("--require-known-code", is_flag=True, help="Refuse vendor code that nobody vouches for.")
 @_overrides
-def run(job: str, stage: str | None, through: str | None, restart: bool, **overrides: Any) -> None:
+def run(job: str, stage: str | None, through: str | None, restart: bool, **options: Any) -> None:
     """Run the stages that are not done yet; the same command resumes."""
+    import json
+
     from dsqjob.cli.view import run_pipeline
 
-    loaded, sets = _load(job, **overrides)
+    prompt = options.pop("generate")
+    extra = [f"calibrate.{name}=true" for name in ("dummy_weights", "require_known_code") if options.pop(name)]
+    extra += [f"calibrate.generate={json.dumps(prompt)}"] if prompt is not None else []
+    options["sets"] = (*options["sets"], *extra)
+    loaded, sets = _load(job, **options)
     run_pipeline(loaded, job, sets, stage=stage, through=through, restart_first=restart)
 
 
 @cli.command()
 @click.argument("stage", type=click.Choice(STAGES))
 @click.argument("job")
-@click.option("--worker", "index", type=click.IntRange(0), required=True, help="This worker's number, from 0.")
-@click.option("--workers", "count", type=click.IntRange(1), required=True, help="How many workers there are.")
+@click.option("--worker", "index", type=click.IntRange(0), help="This worker's number, from 0.")
+@click.option("--workers", "count", type=click.IntRange(1), help="How many workers there are.")
+@click.option("--node", type=click.IntRange(0), help="calibrate: this node's number, from 0, of --nodes.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="calibrate: where nodes meet; HOST is node 0.")
+@click.option("--attempt", default="0", show_default=True, help="calibrate: the same on all nodes, new for each start.")
 @click.option("--run", "run_id", default="", help="Marks the events of one launch.")
 @click.option("--die-with-parent", is_flag=True, help="Stop when the starting process is gone (Linux).")
 @_overrides
-def worker(stage: str, job: str, index: int, count: int, run_id: str, die_with_parent: bool, **overrides: Any) -> None:
-    """One worker of a data-parallel stage: what launchers start, on any number of machines."""
+def worker(stage: str, job: str, run_id: str, die_with_parent: bool, **options: Any) -> None:
+    """One worker: what launchers start, on any number of machines.
+
+    Of a data-parallel stage: --worker I --workers N. Of calibrate: the supervisor of one node, --node I --nodes N
+    --rendezvous HOST:PORT.
+    """
     from dsqjob import worker as work
 
     if die_with_parent:
         work.die_with_parent()
     _cache_compiled_code()
-    if index >= count:
-        raise UsageError("worker-number", f"worker {index} of {count} does not exist", way_out="count from 0")
-    work.run_worker(stage, index, count, _load(job, **overrides)[0], run=run_id)
+    given = {name: options.pop(name) for name in ("index", "count", "node", "rendezvous", "attempt")}
+    loaded = _load(job, **options)[0]
+    if stage in GANGS:
+        nodes, rendezvous = loaded.parallel.nodes, given["rendezvous"]
+        if given["node"] is None or given["node"] >= nodes or (rendezvous is None and nodes > 1):
+            raise UsageError(
+                "node-number",
+                f"{stage} is started once a node, with --node 0 to --node {nodes - 1} and one --rendezvous HOST:PORT",
+                where="--node, --nodes, --rendezvous",
+                way_out=f"dsqjob worker {stage} JOB --node 0 --nodes {nodes} --rendezvous HOST:PORT",
+            )
+        work.run_node(stage, given["node"], rendezvous or "127.0.0.1:0", given["attempt"], loaded, run=run_id)
+        return
+    if given["index"] is None or given["count"] is None or given["index"] >= given["count"]:
+        raise UsageError(
+            "worker-number",
+            f"worker {given['index']} of {given['count']} does not exist",
+            where="--worker, --workers",
+            way_out="count from 0",
+        )
+    work.run_worker(stage, given["index"], given["count"], loaded, run=run_id)
 
 
 @cli.command()

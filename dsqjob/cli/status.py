@@ -38,15 +38,22 @@ def print_status(workspace: Path, as_json: bool) -> None:
 
 
 def _line(stage: StageSeen) -> str:
-    text = f"{stage.stage:<9} {stage.state:<11} {stage.units_done}/{stage.units} units"
-    text += f"  {sizes(stage.bytes_done)} of {sizes(stage.bytes)}"
+    text = f"{stage.stage:<9} {stage.state:<11} {progress(stage)}"
     if stage.state == "running":
-        text += f"  {sizes(stage.rate)}/s  {len(stage.workers)} workers"
+        text += f"  {len(stage.workers)} workers" + (f"  phase {stage.phase}" if stage.phase else "")
+        text += f"  attempt {stage.attempts}" if stage.attempts > 1 else ""
         if stage.seconds_left is not None:
             text += f"  {duration(stage.seconds_left)} left"
     if stage.state == "quiet":
         text += "  no worker has spoken for two minutes: run the same command again to resume"
     return text + (f"\n          {stage.error}" if stage.error else "")
+
+
+def progress(stage: StageSeen) -> str:
+    """Units and bytes, or batches and tokens, and how fast they come."""
+    amount, units = (sizes, "units") if stage.measure == "bytes" else (tokens, "batches")
+    text = f"{stage.units_done}/{stage.units} {units}  {amount(stage.bytes_done)} of {amount(stage.bytes)}"
+    return text + (f"  {amount(stage.rate)}/s" if stage.state == "running" else "")
 
 
 def sizes(nbytes: float) -> str:
@@ -56,6 +63,11 @@ def sizes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:,.2f} TB"
+
+
+def tokens(count: float) -> str:
+    """Tokens for people."""
+    return f"{count:,.0f} tokens"
 
 
 def duration(seconds: float) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 import click
 
-from dsqjob.cli.status import duration, sizes
+from dsqjob.cli.status import duration, progress, sizes
 from dsqjob.engine.events import read_events
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.observe import observe
@@ -18,8 +17,11 @@ from dsqjob.engine.stage import Stage, StageState
 from dsqjob.engine.workspace import free_bytes
 from dsqjob.job.schema import Job
 from dsqjob.pipeline import Command, StageResult, restart, run_stage, selected
-from dsqjob.stages import STAGES, build, pipeline
+from dsqjob.stages import GANGS, STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
+
+_GRACE = 45.0
+"""Seconds in which a launcher must have stopped everything: a gang's ranks are given ten, supervisors more."""
 
 
 def print_plan(inputs: Inputs) -> None:
@@ -31,24 +33,33 @@ def print_plan(inputs: Inputs) -> None:
         f"release   {release.root}: {len(release.shards)} shards, {tensors} tensors, {sizes(release.total_bytes)}"
     )
     click.echo(f"workspace {job.workspace}")
-    for name in pipeline(inputs):
-        stage = build(name, inputs)
-        state = StageState(inputs.workspace, stage)
-        begun = state.compare()
-        missing = state.missing() if begun else list(stage.units)
-        out = sum(unit.bytes_out for unit in stage.units)
-        click.echo(
-            f"\n{name}: {len(stage.units)} units, {len(stage.units) - len(missing)} done; "
-            f"reads {sizes(sum(unit.bytes_in for unit in missing))}, "
-            f"writes {sizes(sum(unit.bytes_out for unit in missing))}"
-        )
-        if not out:
-            continue
+    names, awaited = pipeline(inputs), ""
+    for name in names:
+        awaited = awaited if _plan_stage(inputs, name, awaited) else awaited or name
+    if not set(names) & set(GANGS):
+        click.echo("\nno GPU is needed for these stages")
+
+
+def _plan_stage(inputs: Inputs, name: str, awaited: str) -> bool:
+    """Print what a stage would do; whether it is done. ``awaited``: an earlier one that must come first."""
+    stage = build(name, inputs)
+    state = StageState(inputs.workspace, stage)
+    begun = not awaited and state.compare()
+    missing = state.missing() if begun else list(stage.units)
+    out = sum(unit.bytes_out for unit in missing)
+    click.echo(
+        f"\n{name}: {len(stage.units)} units, {len(stage.units) - len(missing)} done; "
+        f"reads {sizes(sum(unit.bytes_in for unit in missing))}, writes {sizes(out)}"
+        + (f"; waits for {awaited}" if awaited else "")
+    )
+    if any(unit.outputs for unit in stage.units):
         click.echo(f"  to {stage.folder} ({sizes(free_bytes(stage.folder))} free)")
-        state.check_disk()
-        for line in stage.describe():
-            click.echo(f"  {line}")
-    click.echo("\nno GPU is needed for these stages")
+    state.refuse_disk(out)
+    if not (awaited or begun):
+        stage.check()
+    for line in stage.describe():
+        click.echo(f"  {line}")
+    return begun and not missing
 
 
 def run_pipeline(
@@ -60,7 +71,7 @@ def run_pipeline(
     if restart_first:
         for path in restart(inputs, names):
             click.echo(f"removed {path}")
-    stop = StopRequest()
+    stop = StopRequest(grace=_GRACE)
     with stop.listening():
         for one in names:
             begun = time.monotonic()
@@ -88,18 +99,15 @@ class Progress(AbstractContextManager["Progress"]):
     def __init__(self, stage: str, inputs: Inputs) -> None:
         self._stage, self._events = stage, inputs.workspace.events
         self._told = 0.0
-        self._show: Callable[[float, float], None] = lambda *_: None
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
             self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            task = self._bar.add_task(stage, total=None)
-            bar = self._bar
-            self._show = lambda done, total: bar.update(task, completed=done, total=total)
+            self._task = self._bar.add_task(stage, total=None, said="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -116,7 +124,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._told = time.monotonic()
         seen = observe(read_events(self._events), time.time()).get(stage.name)
         if seen is not None and seen.bytes:
-            self._show(seen.bytes_done, seen.bytes)
+            self._bar.update(self._task, completed=seen.bytes_done, total=seen.bytes, said=progress(seen))
 
 
 def clean_workspace(inputs: Inputs) -> None:

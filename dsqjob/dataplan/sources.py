@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +22,12 @@ _SCATTER_WIDTH = 1024
 
 
 class Sources:
-    """The files of one folder, opened when first read."""
+    """The files of one folder, opened when first read. A few threads may read at once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Sources:
         return self
@@ -36,13 +38,14 @@ class Sources:
 
     def descriptor(self, file: str) -> int:
         """An open file descriptor, valid until 32 other files were asked for."""
-        if file in self._open:
-            self._open.move_to_end(file)
-        else:
-            self._open[file] = os.open(self._root / file, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) > _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[file]
+        with self._opening:
+            if file in self._open:
+                self._open.move_to_end(file)
+            else:
+                self._open[file] = os.open(self._root / file, os.O_RDONLY | os.O_CLOEXEC)
+                if len(self._open) > _OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+            return self._open[file]
 
     def read(self, region: Region) -> NDArray[np.uint8]:
         """All bytes of a region, [rows, width]. DataError ``shard-truncated``."""

@@ -106,6 +106,10 @@ class Claims:
         held = self._generations(unit)
         return self._holder(held[max(held)]) if held else None
 
+    def nearby(self, holder: dict[str, Any]) -> bool:
+        """Whether a holder lives where this process can see it, so that its death is known at once."""
+        return bool(self._me["boot"]) and all(holder.get(key) == self._me[key] for key in ("host", "boot", "namespace"))
+
     def live_tokens(self) -> set[str]:
         """Tokens of every claim that is not dead."""
         return {str(self._holder(path).get("token")) for path in self._paths() if not self._dead(path)}
@@ -138,8 +142,7 @@ class Claims:
 
     def _dead(self, path: Path) -> bool:
         holder = self._holder(path)
-        me = self._me
-        if me["boot"] and all(holder.get(key) == me[key] for key in ("host", "boot", "namespace")):
+        if self.nearby(holder):
             return bool(_started(int(holder["pid"])) != holder["started"])
         try:
             age = self._now() - path.stat().st_mtime

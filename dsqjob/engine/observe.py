@@ -12,7 +12,8 @@ _QUIET = 120.0
 
 @dataclass
 class StageSeen:
-    """A stage as its workers reported it. Bytes are those of outputs; times are seconds since 1970."""
+    """A stage as its workers reported it. Bytes are those of outputs, or whatever ``measure`` says; times are seconds
+    since 1970."""
 
     stage: str
     state: str = "waiting"
@@ -23,10 +24,15 @@ class StageSeen:
     begun: float = 0.0
     last: float = 0.0
     rate: float = 0.0
-    """Bytes per second over the last minute of work."""
+    """Bytes (or what is measured) per second over the last minute of work."""
     seconds_left: float | None = None
     workers: list[str] = field(default_factory=list)
     error: str = ""
+    measure: str = "bytes"
+    phase: str = ""
+    """What a gang is at."""
+    attempts: int = 0
+    """How often it was begun."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,6 +63,11 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
                 if event["fingerprint"] != fingerprint:
                     fingerprint, done, moving = event["fingerprint"], {}, {}
                 seen.units, seen.bytes, seen.state, seen.error = event["units"], event["bytes"], "running", ""
+                seen.measure, seen.phase = event.get("measure", "bytes"), event.get("phase", "")
+            case "gang":
+                seen.state, seen.error, seen.attempts = "running", "", seen.attempts + 1
+            case "phase":
+                seen.phase = event["phase"]
             case "unit" | "progress":
                 moving[event["unit"]] = event.get("bytes", 0) if event["event"] == "progress" else 0
             case "unit-done":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,6 +105,10 @@ class Stage:
         """Whether this workspace once finished ``folder``, although no owner file says so."""
         return False
 
+    def wanted(self) -> bool:
+        """Whether something is asked for although every unit has its record."""
+        return False
+
     def settle(self) -> None:
         """Called once all units have records; may be called again."""
 
@@ -125,8 +129,23 @@ class PooledStage(Stage, ABC):
         """Make the unit's outputs, publishing each under its final name, and say what was made."""
 
 
-class GangStage(Stage):
+class GangStage(Stage, ABC):
     """One unit that ranks on one or more nodes make together, all alive at the same time."""
+
+    nodes: int
+    ranks_per_node: int
+    rendezvous_seconds: float
+    """Until every node has arrived."""
+    silence_seconds: float
+    """A rank or a node that gives no sign of life for so long is given up."""
+
+    @abstractmethod
+    def work(self) -> Callable[[Any], None]:
+        """Import what is heavy, read what all ranks share, and return what each rank of a node does (with its
+        ``dsqjob.gang.rank.Rank``). Called once a node, before its ranks are forked."""
+
+    def look_back(self) -> None:
+        """Called on node 0 when all ranks ended well: what is nice to have, and may fail without losing their work."""
 
 
 class StageState:
@@ -212,6 +231,10 @@ class StageState:
     def check_disk(self) -> None:
         """UsageError ``disk-too-small`` where the missing units do not fit on the output's file system."""
         need = sum(unit.bytes_out for unit in self.missing())
+        self.refuse_disk(need)
+
+    def refuse_disk(self, need: int) -> None:
+        """UsageError ``disk-too-small`` where ``need`` bytes do not fit."""
         free = free_bytes(self.stage.folder)
         if need > free:
             raise UsageError(

@@ -7,8 +7,11 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsqjob.amax.settle import Settled, Sharing
-from dsqjob.checkpoint.header import Entry, TensorSpec
+from dsqjob.checkpoint.header import Entry, TensorSpec, nbytes_of
 from dsqjob.checkpoint.release import CONFIG, Release
 from dsqjob.dataplan.plan import (
     Cast,
@@ -35,6 +38,14 @@ _GROUP_SIZE = 16
 _IGNORE = ("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*")
 _CAST, _REQUANTIZE = "cast", "requantize"
 _ONE = struct.pack("<f", 1.0)
+_LAYER_BUFFER = 370
+"""Bytes a token and layer of caches and rotary tables (5.8 MiB a layer of ratio 4 at 4 x 4096)."""
+_LEAST_LENGTH = 4096
+"""The vendor's caches are at least that long."""
+_DEQUANTIZING = 4
+"""Copies of a projection in BF16 that are alive while it is dequantized and its maximum is taken."""
+_ACTIVATION = 160
+"""Bytes a token and hidden channel at the peak: hyper-connections mix 4 x 4 FP32 copies."""
 
 
 class Geometry(NamedTuple):
@@ -134,6 +145,36 @@ class DeepSeekV4(Family):
                     way_out="take a power of two that divides them all",
                 )
 
+    def check_tokens(self, release: Release, ids: NDArray[np.int64], where: str) -> None:
+        vocab, longest = geometry(release).vocab, release.config.get("max_position_embeddings")
+        outside = np.argwhere((ids < 0) | (ids >= vocab))
+        if len(outside):
+            row, column = outside[0]
+            raise DataError(
+                "token-unknown",
+                f"token {ids[row, column]} of sample {row} is not among the model's {vocab}",
+                where=where,
+                way_out="make the tokens with this release's tokenizer",
+            )
+        if type(longest) is int and ids.shape[1] > longest:
+            raise UsageError(
+                "sequence-too-long",
+                f"samples of {ids.shape[1]} tokens, the model's max_position_embeddings is {longest}",
+                where="tokens.sequence_length",
+                way_out=f"set tokens.sequence_length to {longest} or less",
+            )
+
+    def rank_memory(self, release: Release, n: int, batch_size: int, length: int) -> Mapping[str, int]:
+        g = geometry(release)
+        tokens = batch_size * length
+        specs = [spec for item in self.mp_file(release, 0, n).items for spec in item.outputs]
+        return {
+            "weights": sum(nbytes_of(spec.dtype, spec.shape) * _widening(spec) for spec in specs),
+            "buffers": g.layers * _LAYER_BUFFER * batch_size * max(length, _LEAST_LENGTH),
+            "one projection in BF16": 2 * _DEQUANTIZING * g.dim * g.inter,
+            "activations": tokens * g.dim * _ACTIVATION,
+        }
+
     def mp_file(self, release: Release, rank: int, n: int) -> FilePlan:
         per_rank = geometry(release).experts // n
         items = []
@@ -208,6 +249,16 @@ class DeepSeekV4(Family):
 
 
 FAMILY = DeepSeekV4()
+
+
+def _widening(spec: TensorSpec) -> int:
+    """How much larger the vendor's parameter is than the file's tensor: it holds some BF16 ones in FP32."""
+    *module, last = spec.name.split(".")
+    component = module[-1] if module else last
+    wide = (
+        component.endswith("norm") or component == "head" or (component in ("wkv", "wgate") and "compressor" in module)
+    )
+    return 2 if wide and spec.dtype == "BF16" else 1
 
 
 class _Parts(NamedTuple):

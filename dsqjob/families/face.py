@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsqjob.amax.settle import Settled, Sharing
 from dsqjob.checkpoint.release import Release
 from dsqjob.dataplan.plan import FilePlan
@@ -38,6 +41,15 @@ class Family(ABC):
     @abstractmethod
     def check_model_parallel(self, release: Release, n: int) -> None:
         """Refuse a model-parallel degree that does not divide (UsageError ``model-parallel-divide``)."""
+
+    @abstractmethod
+    def check_tokens(self, release: Release, ids: NDArray[np.int64], where: str) -> None:
+        """Refuse token ids [N, S] that the model has not (DataError ``token-unknown``), and samples longer than it can
+        take (UsageError ``sequence-too-long``)."""
+
+    @abstractmethod
+    def rank_memory(self, release: Release, n: int, batch_size: int, length: int) -> Mapping[str, int]:
+        """Bytes that a calibrating rank needs on its device, by what for: ``weights`` and others."""
 
     @abstractmethod
     def mp_file(self, release: Release, rank: int, n: int) -> FilePlan:

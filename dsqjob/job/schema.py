@@ -68,9 +68,9 @@ class TokenSource(_Section):
     jsonl: Path | None = None
     """A file of JSON lines."""
     tokens: Path | None = None
-    """Token ids made before: safetensors, `input_ids` int64 [N, S]."""
+    """Token ids made before: safetensors, `input_ids` int64 or int32 [N, S]."""
     samples: Count | None = None
-    """How many samples to take of a data set or a file of lines."""
+    """How many samples to take of a data set (must be said) or a file of lines (by default all)."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> TokenSource:
@@ -78,6 +78,8 @@ class TokenSource(_Section):
             raise ValueError("name exactly one of dataset, jsonl and tokens")
         if self.tokens is not None and self.samples is not None:
             raise ValueError("samples goes with dataset or jsonl; tokens are taken whole")
+        if self.dataset is not None and self.samples is None:
+            raise ValueError("say how many samples to take of the data set: samples")
         return self
 
 
@@ -94,7 +96,16 @@ class Tokens(_Section):
     data: list[TokenSource] = Field(default_factory=_default_tokens, min_length=1)
     """Sources in order; by default 64 samples each of cnn_dailymail and nemotron-post-training-dataset-v2."""
     sequence_length: Count = 512
-    """Tokens a sample, at most."""
+    """Tokens a sample, at most; longer texts are cut on the right."""
+    packing: Annotated[bool, Strict()] = False
+    """Join all texts, each ended by EOS, and cut full rows of sequence_length: no padding, the last piece is dropped.
+    Otherwise, as the reference does, a row is a sample, padded to the longest of all."""
+
+    @model_validator(mode="after")
+    def _packs_texts(self) -> Tokens:
+        if self.packing and any(source.tokens is not None for source in self.data):
+            raise ValueError("packing joins texts; a source of tokens is rows already")
+        return self
 
 
 class Convert(_Section):
@@ -138,6 +149,12 @@ class Calibrate(_Section):
     """SHA-256 of vendor files that you vouch for."""
     timeouts: Timeouts = Timeouts()
     """When a gang is given up."""
+    dummy_weights: Annotated[bool, Strict()] = False
+    """Made-up weights instead of the release's, to try the wiring at full size; export refuses such amax."""
+    generate: str | None = None
+    """A prompt to continue through the quantized model after calibration, as a smoke test (`run --generate`)."""
+    max_new_tokens: Count = 16
+    """How many tokens `generate` makes."""
 
 
 class Export(_Section):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dsqjob.engine.execute import StopRequest
@@ -14,14 +15,17 @@ from dsqjob.errors import EXIT_CODES, Interrupted, PeerError
 
 _SEVERITY = (65, 64, 74, 70, 75, 69, 0)
 _KILL_AFTER = 10.0
+_GANG_KILL_AFTER = 25.0
+"""A supervisor gives its ranks ten seconds, and itself some more to see the end of them."""
 _TICK = 0.1
 
 
 class WorkerProcess:
     """One worker and where its standard error goes."""
 
-    def __init__(self, argv: Sequence[str], log: Path) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.argv, self.log = list(argv), log
+        self._environment = {**os.environ, **(environment or {})}
         self.start()
 
     def start(self) -> None:
@@ -30,7 +34,12 @@ class WorkerProcess:
         with self.log.open("ab") as stream:
             self._begin = stream.tell()
             self.process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=self._environment,
+                start_new_session=True,
             )
 
     def said(self) -> str:
@@ -85,6 +94,74 @@ def _wait(
                 _stop_all(running, signal.SIGTERM, _KILL_AFTER)
     worst = min(codes, key=_SEVERITY.index)
     return worst, codes[worst]
+
+
+def run_gang(
+    commands: Callable[[str, str], Sequence[Sequence[str]]],
+    logs: Sequence[Path],
+    *,
+    run: str,
+    gpus_per_node: int,
+    patience: float,
+    max_faults: int,
+    stop: StopRequest,
+    watch: Callable[[], None],
+) -> tuple[int, str]:
+    """Run the supervisors of a gang, all on this machine, each with GPUs of its own; (exit code, what was said).
+
+    ``commands(rendezvous, attempt)`` gives one command a node. A gang that ends with 69 is started again as a whole,
+    ``max_faults`` times. Supervisors end each other; one that outlives the first by ``patience`` and a little more is
+    killed.
+    """
+    for fault in range(max_faults + 1):
+        rendezvous, attempt = f"127.0.0.1:{_free_port()}", f"{run}-{fault}"
+        environments = [_gpus(node, gpus_per_node) if len(logs) > 1 else {} for node in range(len(logs))]
+        each = zip(commands(rendezvous, attempt), logs, environments, strict=True)
+        supervisors = [WorkerProcess(argv, log, environment) for argv, log, environment in each]
+        try:
+            code, said = _wait_together(supervisors, patience + _GANG_KILL_AFTER, stop, watch)
+        finally:
+            _stop_all(supervisors, signal.SIGKILL, 0)
+        if code != PeerError.exit_code or stop.signal is not None:
+            break
+    return code, said
+
+
+def _wait_together(
+    supervisors: list[WorkerProcess], patience: float, stop: StopRequest, watch: Callable[[], None]
+) -> tuple[int, str]:
+    """The worst code once all have ended, or a while after the first one failed."""
+    codes: dict[int, str] = {0: ""}
+    running, deadline = list(supervisors), float("inf")
+    while running and time.monotonic() < deadline:
+        time.sleep(_TICK)
+        watch()
+        if stop.signal is not None:
+            _stop_all(running, stop.signal, _GANG_KILL_AFTER)
+            return Interrupted.exit_code, f"stopped by {stop.signal.name}; the same command resumes"
+        for supervisor in list(running):
+            if (code := supervisor.process.poll()) is not None:
+                running.remove(supervisor)
+                code, reason = _understood(supervisor, code)
+                codes.setdefault(code, reason)
+                if code:
+                    deadline = min(deadline, time.monotonic() + patience)
+    worst = min(codes, key=_SEVERITY.index)
+    return worst, codes[worst]
+
+
+def _gpus(node: int, count: int) -> dict[str, str]:
+    """This node's part of the GPUs that are visible here; nothing to say where a node has all of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = visible.split(",") if visible else [str(number) for number in range((node + 1) * count)]
+    mine = known[node * count : (node + 1) * count]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if count else {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _understood(worker: WorkerProcess, code: int) -> tuple[int, str]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 STAGES = ("tokens", "convert", "calibrate", "export", "finalize", "verify")
 """In the order of the pipeline."""
+GANGS = ("calibrate",)
+"""Those whose workers are the supervisors of a gang, one a node."""
 
 
 def build(name: str, inputs: Inputs) -> Stage:

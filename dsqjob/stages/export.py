@@ -73,6 +73,8 @@ class Export(PooledStage):
         ]
 
     def _input_scales(self) -> str:
+        if self._inputs.awaits_calibration:
+            return "from the calibration that comes first"
         settled = self._inputs.settled
         if settled is None:
             return "1 everywhere (no calibration)"

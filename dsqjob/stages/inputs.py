@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from dsqjob.amax.ledger import Ledger
-from dsqjob.amax.reference import amax_identity, load_amax
+from dsqjob.amax.ledger import LEDGER, Ledger
+from dsqjob.amax.reference import amax_identity, load_amax, rank_files
 from dsqjob.amax.settle import Settled, settle
 from dsqjob.checkpoint.release import Release, open_release
 from dsqjob.engine.workspace import Workspace
@@ -83,6 +83,13 @@ class Inputs:
     def calibrated(self) -> bool:
         return self.job.export.input_scale == "calibrated"
 
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether the amax are still to be measured by this job's own gang."""
+        job = self.job
+        ours = self.calibrated and job.export.amax == job.calibrate.output
+        return ours and not (job.calibrate.output / LEDGER).is_file() and not rank_files(job.calibrate.output)
+
     @cached_property
     def amax_digest(self) -> str:
         """What the amax are: a digest of their files, or the word ``one``."""
@@ -96,7 +103,15 @@ class Inputs:
         imports = self.workspace.root / "state" / "amax-imports"
         if self._aside is not None and not (imports / self.amax_digest).is_dir():
             imports = self._aside
-        return load_amax(self.job.export.amax, imports)
+        ledger = load_amax(self.job.export.amax, imports)
+        if ledger.about.get("weights") == "made up":
+            raise UsageError(
+                "amax-dummy",
+                "these amax were measured on made-up weights",
+                where=self.job.export.amax,
+                way_out="calibrate without dummy weights: --stage calibrate --restart",
+            )
+        return ledger
 
     @cached_property
     def settled(self) -> Mapping[str, Settled] | None:

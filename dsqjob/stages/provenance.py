@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from dsqjob import __version__
 from dsqjob.checkpoint.release import Release
 from dsqjob.engine.stage import Output, Record
 from dsqjob.engine.workspace import Workspace, read_state
+from dsqjob.families.known_code import code_digests
 from dsqjob.stages.inputs import Inputs
 
 PROVENANCE = "dsqjob.json"
@@ -36,7 +36,7 @@ def provenance(inputs: Inputs, totals: Mapping[str, int]) -> dict[str, Any]:
         "dsqjob": __version__,
         "family": job.family,
         "release": {"name": release.root.name, "revision": _revision(release), **release.identity()},
-        "vendor_code": _code_digests(job.inference_dir),
+        "vendor_code": code_digests(job.inference_dir),
         "weights": inputs.route,
         "input_scale": job.export.input_scale,
         "amax": None if not inputs.calibrated else {"digest": inputs.amax_digest},
@@ -125,11 +125,6 @@ def _revision(release: Release) -> str | None:
     path = release.root / _HUB_METADATA
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return lines[0].strip() if lines else None
-
-
-def _code_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every Python file of the vendor's inference code."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
 
 
 def recorded_files(workspace: Workspace) -> tuple[Output, ...]:

@@ -1,4 +1,4 @@
-"""One process that does units of a stage: what every launcher starts."""
+"""What every launcher starts: a process that does units of a stage, or the supervisor of a node's ranks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ctypes
 import os
 import signal
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from dsqjob.engine.claims import whoami
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest, Worker, in_words
-from dsqjob.engine.stage import StageState
-from dsqjob.errors import DsqjobError
+from dsqjob.engine.stage import GangStage, StageState
+from dsqjob.errors import DsqjobError, UsageError
 from dsqjob.job.schema import Job
 from dsqjob.stages import build
 from dsqjob.stages.inputs import Inputs
@@ -50,6 +51,27 @@ def run_worker(stage_name: str, index: int, count: int, job: Job, *, run: str = 
                 raise
             _tell(log, stage_name, worded)
             raise worded from error
+
+
+def run_node(stage_name: str, index: int, rendezvous: str, attempt: str, job: Job, *, run: str = "") -> None:
+    """Supervise this node's ranks of a gang until the stage is done. Raises a DsqjobError, the same on every node."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(job.calibrate.threads))
+    inputs = Inputs(job)
+    inputs.workspace.prepare()
+    me = whoami(run)
+    log = EventLog(inputs.workspace.events, worker=f"{stage_name}-node{index}", host=me["host"], run=run)
+    stop = StopRequest(grace=None)
+    with stop.listening():
+        try:
+            stage = build(stage_name, inputs)
+            if not isinstance(stage, GangStage):
+                raise UsageError("stage-shape", f"{stage_name} has no gang", way_out="give --worker and --workers")
+            import_module("dsqjob.worker.node").supervise_stage(
+                stage, inputs.workspace, index, rendezvous, attempt, log, stop
+            )
+        except DsqjobError as error:
+            _tell(log, stage_name, error)
+            raise
 
 
 def _tell(log: EventLog, stage: str, error: DsqjobError) -> None:

@@ -1,0 +1,1 @@
+"""Calibration: the vendor's model under ModelOpt's quantizers, by a gang of ranks."""

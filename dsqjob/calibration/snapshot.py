@@ -1,0 +1,106 @@
+"""What a rank has measured, published after every batch; resuming goes back to the newest batch that all ranks have.
+
+A max calibration's state is a running maximum at a cursor, and replaying a batch is harmless. So that counts stay true
+as well, a rank keeps the snapshot before its last batch, too: ranks are never further apart than one batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsqjob.checkpoint.header import Header, TensorSpec, encode, read_header
+from dsqjob.engine.publish import publish_bytes
+from dsqjob.errors import DataError
+
+_FORMAT = "dsqjob calibration state 1"
+_DTYPES = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """After ``cursor`` batches: maxima FP32 [layers, experts, kinds] (0: none) and tokens int64 [layers, experts] of
+    this rank's routed experts; int32 [cursor, layers] of projections whose maximum grew, and of experts reached."""
+
+    cursor: int
+    input_amax: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+    grown: NDArray[np.int32]
+    reached: NDArray[np.int32]
+
+    def after(self, input_amax: NDArray[np.float32], tokens: NDArray[np.int64]) -> Snapshot:
+        """The next one, when a batch led to these maxima and counts."""
+        grown = (input_amax > self.input_amax).sum(axis=(1, 2), dtype=np.int32)
+        reached = (tokens > 0).sum(axis=1, dtype=np.int32)
+        return Snapshot(
+            self.cursor + 1,
+            input_amax,
+            tokens,
+            np.concatenate([self.grown, grown[None]]),
+            np.concatenate([self.reached, reached[None]]),
+        )
+
+
+def empty_snapshot(layers: int, experts: int, kinds: int) -> Snapshot:
+    """Before the first batch."""
+    none = np.zeros((0, layers), np.int32)
+    return Snapshot(
+        0, np.zeros((layers, experts, kinds), np.float32), np.zeros((layers, experts), np.int64), none, none.copy()
+    )
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The file of one rank: its newest snapshot and the one before."""
+
+    path: Path
+    about: dict[str, str]
+    """What the state belongs to: the stage's fingerprint, driver, device, layers."""
+
+    def save(self, now: Snapshot, before: Snapshot, token: str) -> None:
+        """Publish both; ``token`` marks the partial."""
+        arrays = {f"now.{name}": array for name, array in _arrays(now).items()}
+        arrays |= {f"before.{name}": array for name, array in _arrays(before).items() if name in _SHORT}
+        dtypes = {kind: name for name, kind in _DTYPES.items()}
+        ordered = sorted(arrays.items(), key=lambda pair: (-pair[1].itemsize, pair[0]))
+        specs = [TensorSpec(name, dtypes[array.dtype.str], array.shape) for name, array in ordered]
+        cursors = {"cursor": str(now.cursor), "before": str(before.cursor)}
+        head = encode(specs, {**self.about, **cursors, "format": _FORMAT})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        publish_bytes(self.path, head + b"".join(array.tobytes() for _, array in ordered), token)
+
+    def load(self) -> dict[int, Snapshot]:
+        """Snapshots by cursor; none where the file is missing, damaged, or belongs to something else."""
+        if not self.path.exists():
+            return {}
+        try:
+            header, data = read_header(self.path), self.path.read_bytes()
+        except DataError:
+            return {}
+        metadata = dict(header.metadata or {})
+        if metadata.get("format") != _FORMAT or any(metadata.get(key) != value for key, value in self.about.items()):
+            return {}
+        now = {name: _array(header, data, f"now.{name}") for name in (*_SHORT, *_LONG)}
+        found = Snapshot(int(metadata["cursor"]), **now)
+        before = {name: _array(header, data, f"before.{name}") for name in _SHORT}
+        cursor = int(metadata["before"])
+        return {cursor: Snapshot(cursor, **before, **{n: now[n][:cursor] for n in _LONG}), found.cursor: found}
+
+
+_SHORT = ("input_amax", "tokens")
+_LONG = ("grown", "reached")
+
+
+def _arrays(snapshot: Snapshot) -> dict[str, NDArray[np.generic]]:
+    return {name: np.ascontiguousarray(getattr(snapshot, name)) for name in (*_SHORT, *_LONG)}
+
+
+def _array(header: Header, data: bytes, name: str) -> Any:
+    entry = header.tensors[name]
+    count = entry.nbytes // np.dtype(_DTYPES[entry.dtype]).itemsize
+    flat = np.frombuffer(data, _DTYPES[entry.dtype], count, header.offset(name))
+    return flat.reshape(entry.shape).copy()

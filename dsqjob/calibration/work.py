@@ -1,0 +1,244 @@
+"""What each rank of a calibrating gang does, from joining to the files; and the look back afterwards."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from dsqjob import __version__
+from dsqjob.calibration import pictures
+from dsqjob.calibration.coverage import summary_lines
+from dsqjob.calibration.dummy import make_up
+from dsqjob.calibration.fill import fill, parameters_of
+from dsqjob.calibration.generate import continue_prompt
+from dsqjob.calibration.leave import RankResult, history_of, leave
+from dsqjob.calibration.memory import out_of_memory_in_words, refuse_full_device
+from dsqjob.calibration.resident import measure
+from dsqjob.calibration.snapshot import RankState, Snapshot, empty_snapshot
+from dsqjob.calibration.together import broadcast, gather
+from dsqjob.calibration.vendor import build_model, import_code, model_args
+from dsqjob.calibration.wiring import wiring_class
+from dsqjob.calibration.wiring.face import Wiring
+from dsqjob.calibration.wiring.quantizers import summary_lines as quantizer_lines
+from dsqjob.dataplan.sources import Sources
+from dsqjob.engine.claims import Claims
+from dsqjob.engine.stage import Done, StageState
+from dsqjob.engine.workspace import unique_token
+from dsqjob.errors import BugError, UsageError
+from dsqjob.gang.preflight import agree
+from dsqjob.gang.rank import Rank
+from dsqjob.stages.calibrate import AMAX, Calibrate
+
+_PREFLIGHT = 60.0
+
+
+class CalibrationWork:
+    """Made once a node, before its ranks are forked: they inherit headers, plan and tokens."""
+
+    def __init__(self, stage: Calibrate) -> None:
+        self.stage, self.job = stage, stage.job
+        self.fingerprint = stage.fingerprint.digest
+        ids = torch.from_numpy(np.ascontiguousarray(stage.tokens.ids))
+        self.batches = ids.split(self.job.calibrate.batch_size)
+        self.state = StageState(stage.inputs.workspace, stage)
+
+    def __call__(self, rank: Rank) -> None:
+        """DataError, UsageError, Interrupted and others end the whole gang."""
+        limits = self.job.calibrate.timeouts
+        torch.set_num_threads(self.job.calibrate.threads)
+        rank.phase("start", limits.rendezvous)
+        device = self._device(rank)
+        rank.join("nccl" if device.type == "cuda" else "gloo", device if device.type == "cuda" else None)
+        holder = Claims(self.state.workspace.claims(self.stage.name)).holder(AMAX) if rank.index == 0 else None
+        self.token = broadcast(str((holder or {}).get("token", unique_token())))
+        rank.phase("preflight", _PREFLIGHT)
+        self._preflight(rank, device)
+        with out_of_memory_in_words(rank.index, self.stage.memory):
+            rank.phase("load", limits.load)
+            wiring = self._load(rank, device)
+            rank.phase("batch", limits.batch)
+            snapshot = self._measure(rank, wiring)
+            rank.phase("save", limits.save)
+            self._leave(rank, wiring, snapshot)
+            if self.job.calibrate.generate is not None:
+                rank.phase("generate", limits.batch)
+                self._generate(rank, wiring)
+        rank.leave()
+
+    def _device(self, rank: Rank) -> torch.device:
+        kind = self.job.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind == "cpu":
+            return torch.device("cpu")
+        count = torch.cuda.device_count()
+        if rank.local >= count:
+            raise UsageError(
+                "gpu-missing",
+                f"this node has {count} GPUs, rank {rank.index} is its number {rank.local}",
+                where="parallel.gpus_per_node",
+                way_out="ask for that many GPUs a node, or change nodes and gpus_per_node",
+            )
+        torch.cuda.set_device(rank.local)
+        return torch.device("cuda", rank.local)
+
+    def _preflight(self, rank: Rank, device: torch.device) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        release = self.stage.inputs.release.root / "config.json"
+        facts = {
+            "dsqjob": __version__,
+            "torch": torch.__version__,
+            "modelopt": version("nvidia-modelopt"),
+            "fingerprint": self.fingerprint,
+            "device": name,
+            "release": f"{release.stat().st_size} bytes of config.json",
+            "workspace": self.stage.inputs.workspace.identity(),
+        }
+        agree(rank, facts)
+        refuse_full_device(rank.index, device, self.stage.memory)
+
+    def _load(self, rank: Rank, device: torch.device) -> Wiring:
+        job, begun = self.job, time.monotonic()
+        module = import_code(job.family, job.inference_dir, self.stage.code)
+        length = max(self.batches[0].shape[1], len(self.stage.prompt) + job.calibrate.max_new_tokens)
+        args = model_args(module, job.inference_config, batch_size=job.calibrate.batch_size, sequence_length=length)
+        model = build_model(module, args, device)
+
+        if job.calibrate.dummy_weights:
+            total = make_up(parameters_of(model), len(self.stage.inputs.release.index), rank.index)
+        else:
+            plan, folder = self.stage.rank_plan(rank.index)
+            with Sources(folder) as sources:
+                total = fill(plan, parameters_of(model), sources, tick=lambda _: rank.check())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = round(time.monotonic() - begun, 3)
+        rank.log.write("loaded", stage=self.stage.name, rank=rank.index, bytes=total, seconds=seconds)
+        gather(None)  # those that are ready wait here, within the time for loading
+        wiring = wiring_class(job.family)
+        wiring.register(module)
+        return wiring(model, args)
+
+    def states(self, rank: int) -> dict[int, Snapshot]:
+        """What a rank has published, by cursor."""
+        return self._rank_state(rank).load()
+
+    def _rank_state(self, rank: int) -> RankState:
+        path = self.stage.inputs.workspace.ranks(self.stage.name) / f"rank{rank}-mp{self.stage.n}.safetensors"
+        return RankState(path, {"fingerprint": self.fingerprint, "driver": "resident", "rank": str(rank)})
+
+    def _begin(self, rank: Rank, wiring: Wiring) -> Snapshot:
+        """The newest snapshot that every rank has."""
+        layers, experts = wiring.shape
+        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **self.states(rank.index)}
+        return mine[max(set.intersection(*gather(set(mine))))]
+
+    def _measure(self, rank: Rank, wiring: Wiring) -> Snapshot:
+        begin, batches, name = self._begin(rank, wiring), self.batches, self.stage.name
+        state, log = self._rank_state(rank.index), rank.log
+        tokens = sum(batch.numel() for batch in batches)
+        if rank.index == 0:
+            log.write(
+                "stage",
+                stage=name,
+                units=len(batches),
+                bytes=tokens,
+                fingerprint=self.fingerprint,
+                measure="tokens",
+            )
+        begun = time.monotonic()
+
+        def before(number: int) -> None:
+            nonlocal begun
+            rank.check()
+            rank.beat(batch=number)
+            begun = time.monotonic()
+            if rank.index == 0:
+                log.write("unit", stage=name, unit=_batch_id(number), bytes=0)
+
+        def after(now: Snapshot, earlier: Snapshot) -> None:
+            state.save(now, earlier, self.token)
+            if rank.index == 0:
+                seconds = round(time.monotonic() - begun, 3)
+                size = batches[earlier.cursor].numel()
+                log.write("unit-done", stage=name, unit=_batch_id(earlier.cursor), bytes=size, seconds=seconds)
+
+        return measure(wiring, batches, begin, before=before, after=after)
+
+    def _leave(self, rank: Rank, wiring: Wiring, snapshot: Snapshot) -> None:
+        """Rank 0 publishes everything and the record; once, although a later run may come for other reasons."""
+        stage, unit = self.stage, self.stage.units[0]
+        results = gather(_result(wiring, snapshot))
+        if rank.index or self.state.record(unit) is not None:
+            return
+        begun = time.monotonic()
+        history = history_of([one.snapshot for one in results], [batch.numel() for batch in self.batches])
+        outputs = leave(results, history, stage.folder, self._about(wiring), self.token)
+        counts = {"batches": snapshot.cursor, "lines": summary_lines(history, results[0].containers)}
+        self.state.write_record(
+            unit,
+            Done(outputs, counts),
+            worker=f"{rank.index}/{rank.size}",
+            host=rank.host,
+            seconds=time.monotonic() - begun,
+            token=self.token,
+        )
+        rank.log.write("stage-done", stage=stage.name)
+
+    def _about(self, wiring: Wiring) -> dict[str, str]:
+        device = wiring.device
+        return {
+            "source": "dsqjob",
+            "model_parallel": str(self.stage.n),
+            "samples": str(len(self.stage.tokens.ids)),
+            "sequence_length": str(self.stage.tokens.ids.shape[1]),
+            "batch_size": str(self.job.calibrate.batch_size),
+            "tokens": self.stage.tokens.digest,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "modelopt": version("nvidia-modelopt"),
+            "weights": "made up" if self.job.calibrate.dummy_weights else "release",
+        }
+
+    def _generate(self, rank: Rank, wiring: Wiring) -> None:
+        def tick(number: int) -> None:
+            rank.check()
+            rank.beat(token=number)
+
+        count = self.job.calibrate.max_new_tokens
+        ids = continue_prompt(wiring.model, self.stage.prompt, count, wiring.device, tick)
+        if rank.index == 0:
+            self.stage.write_generated(ids)
+
+
+def draw_pictures(stage: Calibrate) -> None:
+    """Coverage and convergence into the workspace's reports. UsageError ``plot-missing``."""
+    work, folder, token = CalibrationWork(stage), stage.inputs.workspace.reports, unique_token()
+    newest = [max(work.states(rank).items())[1] for rank in range(stage.n)]
+    history = history_of(newest, [batch.numel() for batch in work.batches])
+    pictures.draw_coverage(history, folder / "coverage.svg", token)
+    pictures.draw_convergence(history, folder / "convergence.svg", token)
+
+
+def _batch_id(number: int) -> str:
+    return f"batch-{number}"
+
+
+def _result(wiring: Wiring, snapshot: Snapshot) -> RankResult:
+    """Weight maxima come from the weights; where a quantizer saw them in this process, both must agree."""
+    layers, experts = wiring.shape
+    amax = np.zeros((layers, experts, len(wiring.kinds)), np.float32)
+    for layer, row in enumerate(wiring.experts()):
+        for number, (name, expert) in enumerate(row):
+            if not snapshot.tokens[layer, number]:
+                continue
+            derived = expert.weight_amax()
+            amax[layer, number] = derived.float().cpu().numpy()
+            for value, seen in zip(derived, expert.measured_weight_amax(), strict=True):
+                if seen is not None and float(value) != float(seen):
+                    raise BugError("weight-amax", f"derived {float(value)}, measured {float(seen)}", where=name)
+    names = [[name for name, _ in row] for row in wiring.experts()]
+    return RankResult(names, wiring.kinds, snapshot, amax, quantizer_lines(wiring.model))

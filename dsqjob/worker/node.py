@@ -1,0 +1,78 @@
+"""A node's part of a gang stage: the claim, the supervisor, the look back. Imports torch; loaded by name."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dsqjob.engine.claims import STALE_AFTER, Claim, Claims
+from dsqjob.engine.events import EventLog
+from dsqjob.engine.execute import StopRequest
+from dsqjob.engine.stage import GangStage, StageState
+from dsqjob.engine.workspace import Workspace
+from dsqjob.errors import DsqjobError, UsageError
+from dsqjob.gang.node import Limits, Node
+from dsqjob.gang.supervisor import supervise
+
+
+def supervise_stage(
+    stage: GangStage, workspace: Workspace, index: int, rendezvous: str, attempt: str, log: EventLog, stop: StopRequest
+) -> None:
+    """Bring the stage to its end together with the other nodes; at once where it is done.
+
+    UsageError ``gang-running`` where another gang holds the stage, and what ``check``, ``begin``, ``supervise`` raise.
+    """
+    state = StageState(workspace, stage)
+    if state.compare() and not state.missing() and not stage.wanted():
+        return
+    stage.check()
+    node = Node(index, stage.nodes, stage.ranks_per_node, rendezvous, attempt, workspace.identity())
+    limits = Limits(rendezvous=stage.rendezvous_seconds, silence=stage.silence_seconds)
+    shared, logs = workspace.gang(stage.name, attempt), workspace.logs / f"{stage.name}-ranks"
+    if index:
+        supervise(stage.work(), node, limits, shared=shared, logs=logs, log=log, stop=stop)
+        return
+    state.begin()
+    with _holding(state, stop):
+        supervise(stage.work(), node, limits, shared=shared, logs=logs, log=log, stop=stop)
+    state.sweep_all()
+    stage.settle()
+    try:
+        stage.look_back()
+    except DsqjobError as error:
+        print(f"{error}\n  (the stage itself is done)", file=sys.stderr)
+
+
+@contextmanager
+def _holding(state: StageState, stop: StopRequest) -> Iterator[None]:
+    """The stage's claim: no two gangs at once. A holder of another host that is silent is waited for, as it may be
+    dead."""
+    claims = Claims(state.workspace.claims(state.stage.name))
+    claim = _take(claims, state, stop)
+    try:
+        with claims.beating(claim):
+            yield
+    finally:
+        claims.release(claim)
+
+
+def _take(claims: Claims, state: StageState, stop: StopRequest) -> Claim:
+    (unit,) = state.stage.units
+    deadline = time.monotonic() + 1.25 * STALE_AFTER
+    while (taken := claims.take(unit.id)) is None:
+        stop.check()
+        holder = claims.holder(unit.id) or {}
+        if claims.nearby(holder) or time.monotonic() > deadline:
+            raise UsageError(
+                "gang-running",
+                f"another gang is at work: process {holder.get('pid')} on {holder.get('host')}",
+                where=claims.folder,
+                way_out="wait for it, or stop it first",
+            )
+        time.sleep(1)
+    claim, dead = taken
+    for token in dead:
+        state.sweep(unit, token)
+    return claim
