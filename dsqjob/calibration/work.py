@@ -22,6 +22,7 @@ from dsqjob.calibration.together import broadcast, gather
 from dsqjob.calibration.vendor import build_model, import_code, model_args
 from dsqjob.calibration.wiring import wiring_class
 from dsqjob.calibration.wiring.face import Wiring
+from dsqjob.calibration.wiring.quantizers import running_amax
 from dsqjob.calibration.wiring.quantizers import summary_lines as quantizer_lines
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.claims import Claims
@@ -237,8 +238,9 @@ def _result(wiring: Wiring, snapshot: Snapshot) -> RankResult:
                 continue
             derived = expert.weight_amax()
             amax[layer, number] = derived.float().cpu().numpy()
-            for value, seen in zip(derived, expert.measured_weight_amax(), strict=True):
-                if seen is not None and float(value) != float(seen):
-                    raise BugError("weight-amax", f"derived {float(value)}, measured {float(seen)}", where=name)
+            for value, quantizer in zip(derived, expert.weight_quantizers(), strict=True):
+                seen = running_amax(quantizer)
+                if seen is None or float(value) != float(seen):
+                    raise BugError("weight-amax", f"derived {float(value)}, measured {seen}", where=name)
     names = [[name for name, _ in row] for row in wiring.experts()]
     return RankResult(names, wiring.kinds, snapshot, amax, quantizer_lines(wiring.model))

@@ -81,8 +81,8 @@ def under_quantizers(expert_class: type) -> type:
         def weight_amax(self) -> torch.Tensor:
             return torch.stack([bf16_weight(getattr(self, kind)).abs().amax() for kind in _KINDS])
 
-        def measured_weight_amax(self) -> list[torch.Tensor | None]:
-            return [running_amax(self._quantizer(kind, "weight")) for kind in _KINDS]
+        def weight_quantizers(self) -> Sequence[TensorQuantizer]:
+            return [self._quantizer(kind, "weight") for kind in _KINDS]
 
     return QuantizedExpert
 

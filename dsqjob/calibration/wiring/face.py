@@ -34,8 +34,8 @@ class RoutedExpert(Protocol):
     def weight_amax(self) -> torch.Tensor:
         """BF16 [kinds]: max|weight| of each projection, from the weights themselves."""
 
-    def measured_weight_amax(self) -> list[torch.Tensor | None]:
-        """What the weight quantizers saw, one a kind; None where an earlier process did."""
+    def weight_quantizers(self) -> Sequence[TensorQuantizer]:
+        """One a kind."""
 
 
 class Wiring(ABC):
@@ -99,10 +99,13 @@ class Wiring(ABC):
         return Measured(amax, tokens)
 
     def restore(self, measured: Measured) -> None:
-        """Continue from what an earlier process measured. Inside ModelOpt's forward loop, which does not reset it."""
+        """Continue from what an earlier process measured, weights included, since those of reached experts are known.
+        Inside ModelOpt's forward loop, which does not reset it."""
         for layer, amax, tokens in zip(self.experts(), measured.input_amax, measured.tokens, strict=True):
             for (_, expert), values, count in zip(layer, amax, tokens, strict=True):
                 expert.tokens = int(count)
-                for quantizer, value in zip(expert.input_quantizers(), values, strict=True):
+                seen = zip(expert.input_quantizers(), values.tolist(), strict=True)
+                weights = expert.weight_amax().tolist() if count else []
+                for quantizer, value in (*seen, *zip(expert.weight_quantizers(), weights, strict=False)):
                     if value > 0:
-                        set_running_amax(quantizer, float(value), self.device)
+                        set_running_amax(quantizer, value, self.device)
