@@ -15,11 +15,11 @@ SET ?=
 
 DSQJOB := .venv/bin/dsqjob
 OVERRIDES = $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
-UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/verify
-WHOLE := tests/cli tests/pipeline tests/faults tests/documents
+UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/tokens tests/verify
+WHOLE := tests/cli tests/gang tests/calibration tests/pipeline tests/faults tests/slurm tests/documents
 SYSTEM_PACKAGES := strace
 
-.PHONY: help setup demo lint check test test-all test-gpu bench clean convert-v4 export-v4 verify-v4 pipeline-v4 system-packages
+.PHONY: help setup demo lint check test test-all test-gpu bench clean tokens-v4 convert-v4 calibrate-v4 export-v4 verify-v4 pipeline-v4 system-packages
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,12 @@ system-packages:
 
 clean: ## remove what make made here
 	rm -rf .demo .venv .venv-base .mypy_cache .pytest_cache .ruff_cache .hypothesis dsqjob.egg-info
+
+tokens-v4: setup ## calibration text -> token ids; where there is network, for named data sets. JOB= SET="k=v ..."
+	$(DSQJOB) run $(JOB) --stage tokens $(OVERRIDES)
+
+calibrate-v4: setup ## release + tokens -> amax, by a gang of MP ranks. JOB= NODES= MP= ON=local SET=
+	$(DSQJOB) run $(JOB) --through calibrate $(OVERRIDES)
 
 convert-v4: setup ## release -> model-parallel checkpoint. JOB= NODES= MP= ON=local SET="k=v ..."
 	$(DSQJOB) run $(JOB) --stage convert $(OVERRIDES)

@@ -15,7 +15,7 @@ from dsqjob.engine.stage import GangStage, Record, Stage, StageState
 from dsqjob.engine.workspace import unique_token
 from dsqjob.errors import EXIT_CODES, BugError, DsqjobError, UsageError
 from dsqjob.launchers import LAUNCHERS
-from dsqjob.stages import STAGES, build, pipeline
+from dsqjob.stages import GANGS, STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
 
 
@@ -64,9 +64,10 @@ def selected(inputs: Inputs, stage: str | None, through: str | None) -> tuple[st
     """The stages that ``--stage`` and ``--through`` ask for."""
     if stage is not None and through is None:
         return (stage,)
-    order = pipeline(inputs) if stage is None else STAGES[STAGES.index(stage) :]
+    first = STAGES.index(stage) if stage is not None else 0
     last = STAGES.index(through) if through is not None else len(STAGES)
-    names = tuple(name for name in order if STAGES.index(name) <= last)
+    order = pipeline(inputs, always=stage is not None or through in GANGS)
+    names = tuple(n for n in STAGES if first <= STAGES.index(n) <= last and (n == stage or n in order))
     if not names:
         raise UsageError(
             "nothing-selected",

@@ -175,12 +175,16 @@ def clean(job: str, **overrides: Any) -> None:
 @click.argument("family")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed, the same bytes.")
-def miniature(family: str, folder: Path, seed: int) -> None:
+@click.option("--text", type=click.Path(path_type=Path), help="Also write a few lines to calibrate with (JSON lines).")
+def miniature(family: str, folder: Path, seed: int, text: Path | None) -> None:
     """Write a complete release, scaled down to a few MB."""
-    from dsqjob.miniature import write
+    from dsqjob.miniature import write, write_text
 
     write(family, folder, seed=seed)
     click.echo(f"miniature {family} release (seed {seed}): {folder}")
+    if text is not None:
+        write_text(text)
+        click.echo(f"calibration text: {text}")
 
 
 @cli.command()

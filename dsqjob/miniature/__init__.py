@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib import import_module
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
-from dsqjob.engine.publish import sync_folder
+from dsqjob.engine.publish import publish_bytes, sync_folder
 from dsqjob.engine.workspace import unique_token
 from dsqjob.errors import UsageError
 
 MINIATURES = {"deepseek-v4": "dsqjob.miniature.deepseek_v4"}
 """Family -> module whose ``write_files(folder, seed=...)`` writes the release."""
+
+
+def write_text(path: Path) -> None:
+    """Calibration text as JSON lines, the same every time."""
+    data = resources.files("dsqjob").joinpath("jobs", "miniature-v4.jsonl").read_bytes()
+    publish_bytes(path, data, unique_token())
 
 
 def write(family: str, folder: Path, *, seed: int, **options: Any) -> None:

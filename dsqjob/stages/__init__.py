@@ -21,10 +21,11 @@ def build(name: str, inputs: Inputs) -> Stage:
     return stage
 
 
-def pipeline(inputs: Inputs) -> tuple[str, ...]:
-    """The stages that the whole job needs: calibration only where its amax are the ones that export reads."""
+def pipeline(inputs: Inputs, *, always: bool = False) -> tuple[str, ...]:
+    """The stages that the whole job needs: calibration only where its amax are the ones that export reads, or
+    ``always``; convert only where a gang reads its output."""
     job = inputs.job
-    measured = job.export.input_scale == "calibrated" and job.export.amax == job.calibrate.output
+    measured = always or (job.export.input_scale == "calibrated" and job.export.amax == job.calibrate.output)
     converted = measured and job.calibrate.source == "mp" and job.calibrate.mp_checkpoint == job.convert.output
     left_out = set() if measured else {"tokens", "calibrate"}
     left_out |= set() if converted else {"convert"}
