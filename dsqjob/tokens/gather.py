@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,9 +115,9 @@ def _slices(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield part
 
 
-def refuse_outside(ids: Ids, vocabulary: int, places: Sequence[Any]) -> None:
-    """DataError ``token-id`` for an id of int64 [N, S] that the model has no embedding for; ``places[row]`` says where
-    a row comes from."""
+def refuse_outside(ids: Ids, vocabulary: int, place: Callable[[int], str]) -> None:
+    """DataError ``token-id`` for an id of int64 [N, S] that the model has no embedding for; ``place(row)`` says
+    where a row comes from."""
     outside = (ids < 0) | (ids >= vocabulary)
     if not outside.any():
         return
@@ -126,6 +125,6 @@ def refuse_outside(ids: Ids, vocabulary: int, places: Sequence[Any]) -> None:
     raise DataError(
         "token-id",
         f"the id {ids[row, column]} at position {column} is outside the model's vocabulary of {vocabulary}",
-        where=places[int(row)],
+        where=place(int(row)),
         way_out="make the tokens with the tokenizer of this release",
     )
