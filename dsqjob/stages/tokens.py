@@ -30,7 +30,8 @@ _IDS_PER_BYTE = 0.5
 
 
 class Tokens(PooledStage):
-    """One unit: ``tokens.safetensors`` and ``samples.json``, which says where every row comes from.
+    """One unit: ``tokens.safetensors`` and ``samples.json``, which says where every row comes from: row i is sample i,
+    or, packed, ``rows`` lists the samples of each.
 
     Of the release it reads config and tokenizer only. UsageError ``sequence-too-long``, ``output-inside-release``;
     DataError ``config-missing``, ``config-field``.
@@ -137,8 +138,9 @@ class Tokens(PooledStage):
             "options": self._settings.model_dump(include={"sequence_length", "packing"}),
             "sources": sources,
             "samples": [sample.to_json() for sample in gathered.samples],
-            "rows": places,
         }
+        if self._settings.packing:
+            papers["rows"] = places
         context.tick(0)
         return self._publish(ids, json_bytes(papers), {**counts, "sources": sources}, context.token)
 
