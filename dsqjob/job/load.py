@@ -26,6 +26,7 @@ _DERIVED: tuple[tuple[str, str, str], ...] = (
     ("calibrate.output", "workspace", "amax"),
     ("calibrate.mp_checkpoint", "convert.output", ""),
     ("export.amax", "calibrate.output", ""),
+    ("slurm.logs", "workspace", "logs/slurm"),
 )
 
 
@@ -86,9 +87,40 @@ def _read(
         raise UsageError("job-yaml", "a job file is a mapping of fields", where=place, way_out=_MANUAL)
     for item in sets:
         _set(raw, item)
+    raw = _under_profile(raw, environment, place)
     if only is not None:
         raw = {only: raw.get(only)}
     return _expand(raw, environment, place, ""), place
+
+
+def _under_profile(raw: dict[str, Any], environment: Mapping[str, str], place: Path) -> dict[str, Any]:
+    """The job's fields over those of its profile, section by section; lists and values are replaced whole.
+
+    UsageError ``profile-missing`` where the file cannot be read, ``job-yaml`` where it is no mapping.
+    """
+    named = _expand(raw.get("profile"), environment, place, "profile")
+    if not isinstance(named, str) or not named:
+        return {key: value for key, value in raw.items() if key != "profile"}
+    path = _absolute(named, place)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(
+            "profile-missing", f"the site profile cannot be read: {reason}", where=path, way_out="name a readable file"
+        ) from None
+    below = parse(text, str(path))
+    if not isinstance(below, dict) or "profile" in below:
+        raise UsageError("job-yaml", "a profile is a mapping of fields, without `profile`", where=path, way_out=_MANUAL)
+    return _over(below, {**raw, "profile": str(path)})
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _text(name: str) -> tuple[str, Path]:

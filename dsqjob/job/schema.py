@@ -177,17 +177,97 @@ class Launcher(_Section):
     """What starts the workers."""
 
     kind: str = "local"
-    """local: processes of this machine."""
+    """local: processes of this machine; slurm: jobs of a cluster."""
     workers: Count = 2
     """Processes that share a data-parallel stage."""
     max_faults: Annotated[int, Strict(), Field(ge=0)] = 3
     """How often, in all, a worker or a gang that died is started again."""
 
 
+class Resources(_Section):
+    """What one kind of Slurm job asks for."""
+
+    partition: str | None = None
+    """Partition; the site's default where nothing is said."""
+    time: str | None = None
+    """Time limit as Slurm writes it: `04:00:00`, or minutes. Every limit can be hit: the job resumes."""
+    memory: str | None = None
+    """Memory of a node, such as `200G`; `0` is all of it."""
+    cpus: Count | None = None
+    """Cores of a task: of a rank for gangs (passed on to srun, which does not inherit them), of a worker for others."""
+    exclusive: Literal["no", "node", "topo"] = "no"
+    """Whole nodes for ourselves: node for `--exclusive`, topo for `--exclusive=topo`."""
+    sbatch: list[str] = Field(default_factory=list)
+    """Further sbatch options, such as `--mail-type=FAIL`."""
+
+
+class Container(_Section):
+    """What commands run in on compute nodes."""
+
+    kind: Literal["none", "pyxis", "apptainer", "docker"] = "none"
+    """pyxis: options of srun; apptainer: `apptainer exec --nv`; docker: `docker run`; none: the node's own programs."""
+    image: str | None = None
+    """pyxis: a `.sqsh` file or `registry#image:tag`; apptainer: a `.sif` file; docker: an image."""
+    mounts: list[str] = Field(default_factory=list)
+    """`SOURCE:TARGET[:FLAGS]`; the release, the workspace and the outputs must be among them."""
+    workdir: str | None = None
+    """Working folder inside."""
+    environment: list[str] = Field(default_factory=list)
+    """Names of variables whose outer value wins over the image's."""
+    python: str = "python3"
+    """Interpreter inside, with dsqjob installed."""
+
+
+class Slurm(_Section):
+    """How the job asks a Slurm cluster (`launcher.kind: slurm`). A site profile usually says all of this."""
+
+    account: str | None = None
+    """Account to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    constraint: str | None = None
+    """Node features, such as `h200`."""
+    gpus: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How GPUs are asked for; none where nodes are handed out whole."""
+    gpu_type: str | None = None
+    """Type in that request: `h200` gives `--gpus-per-node=h200:8` or `--gres=gpu:h200:8`."""
+    segment: Count | None = None
+    """Nodes that must share a block of an NVL72 rack (`--segment`); refused where the topology is no block."""
+    gang: Resources = Resources()
+    """Jobs that calibrate: all nodes at once."""
+    workers: Resources = Resources()
+    """Jobs of the other stages: an array of workers, one node each, no GPU."""
+    notice: Count = 120
+    """Seconds between the signal that announces the time limit and the limit."""
+    requeue: Annotated[bool, Strict()] = True
+    """Jobs put themselves back into the queue. Where a site forbids that: false, and spare jobs take over."""
+    spares: Count = 3
+    """With `requeue: false`: jobs submitted beforehand, one after the other (`--dependency=singleton`)."""
+    port: Annotated[int, Strict(), Field(ge=1024, le=65535)] | None = None
+    """Rendezvous port; by default derived from the job's number."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines before the command on every node, such as `module load cuda`."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables of the job, such as `NCCL_SOCKET_IFNAME: eth0`."""
+    srun: list[str] = Field(default_factory=list)
+    """Further srun options."""
+    container: Container = Container()
+    """What commands run in on compute nodes."""
+    python: str | None = None
+    """Interpreter of the batch host, with dsqjob installed; by default the one that submits. Name another one where
+    login and compute nodes differ in processor."""
+    logs: Path = DERIVED
+    """Folder for Slurm's output files. Default: `<workspace>/logs/slurm`."""
+
+
 class Job(_Section):
     """One model, one workspace, one way to run. Relative paths count from the job file's folder; `${VAR}` and
     `${VAR:-default}` are filled in from the environment."""
 
+    profile: Path | None = None
+    """A site profile: a YAML file with some of these fields, which the job file and `--set` override."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     """For people and schedulers: lower-case letters, digits, dots and dashes."""
     family: str
@@ -218,3 +298,5 @@ class Job(_Section):
     """Release to NVFP4 checkpoint."""
     launcher: Launcher = Launcher()
     """What starts the workers."""
+    slurm: Slurm = Slurm()
+    """How to ask a Slurm cluster."""
