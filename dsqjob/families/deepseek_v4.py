@@ -151,7 +151,7 @@ class DeepSeekV4(Family):
         if len(outside):
             row, column = outside[0]
             raise DataError(
-                "token-unknown",
+                "token-id",
                 f"token {ids[row, column]} of sample {row} is not among the model's {vocab}",
                 where=where,
                 way_out="make the tokens with this release's tokenizer",

@@ -44,7 +44,7 @@ class Family(ABC):
 
     @abstractmethod
     def check_tokens(self, release: Release, ids: NDArray[np.int64], where: str) -> None:
-        """Refuse token ids [N, S] that the model has not (DataError ``token-unknown``), and samples longer than it can
+        """Refuse token ids [N, S] that the model has not (DataError ``token-id``), and samples longer than it can
         take (UsageError ``sequence-too-long``)."""
 
     @abstractmethod

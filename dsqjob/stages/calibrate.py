@@ -70,7 +70,7 @@ class Calibrate(GangStage):
     @cached_property
     def tokens(self) -> TokenIds:
         """The token ids, checked against the model. UsageError ``tokens-missing``, ``sequence-too-long``; DataError
-        ``token-unknown``."""
+        ``token-id``."""
         path = self.job.tokens.output / TOKENS
         if not path.is_file():
             raise UsageError(
@@ -186,9 +186,7 @@ class Calibrate(GangStage):
         ]
         if (job.tokens.output / TOKENS).is_file():
             samples, length = self.tokens.ids.shape
-            lines.append(
-                f"{self.batches} batches of {job.calibrate.batch_size}: {samples} samples of {length} tokens"
-            )
+            lines.append(f"{self.batches} batches of {job.calibrate.batch_size}: {samples} samples of {length} tokens")
         for name, digest in self.code.items():
             lines.append(f"vendor code {name} {digest}")
         return lines

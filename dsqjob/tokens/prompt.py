@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsqjob.errors import UsageError
+from dsqjob.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
 def encode_prompt(release: Path, text: str) -> list[int]:
-    """Token ids of ``text``, at least one. UsageError ``tokenizer-missing``, ``prompt-empty``."""
+    """Token ids of ``text``, at least one. DataError ``tokenizer-missing``; UsageError ``prompt-empty``."""
     ids: list[int] = _tokenizer(release).encode(text).ids
     if not ids:
         raise UsageError("prompt-empty", "the prompt has no token", where="calibrate.generate", way_out="write a word")
@@ -30,7 +30,7 @@ def _tokenizer(release: Path) -> Tokenizer:
 
     path = release / "tokenizer.json"
     if not path.is_file():
-        raise UsageError(
+        raise DataError(
             "tokenizer-missing", "the release has no tokenizer.json", where=path, way_out="download this file again"
         )
     return Tokenizer.from_file(str(path))
