@@ -31,7 +31,8 @@ class Cluster:
 
     Partitions: ``main`` (default), ``high`` (preempts ``low``), ``low`` (requeued, 5 s of grace), ``short`` (at most
     10 minutes), ``closed`` (down). A requeued job waits ``requeue_delay`` seconds (120 on real clusters). With
-    ``accounting``: MariaDB, slurmdbd, account ``project`` for this user. ``settings`` are lines of slurm.conf.
+    ``accounting``: MariaDB, slurmdbd, account ``project`` and qos ``urgent`` for this user.
+    ``settings`` are lines of slurm.conf.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class Cluster:
             ("cluster", "private"),
             ("account", "project", "Cluster=private"),
             ("qos", "urgent"),
-            ("user", self.run("id", "-un").strip(), "Account=project", "DefaultAccount=project"),
+            ("user", self.run("id", "-un").strip(), "Account=project", "DefaultAccount=project", "QOS=normal,urgent"),
         ):
             self.run("sacctmgr", "-i", "add", *what)
 
