@@ -91,6 +91,40 @@ def restart(inputs: Inputs, names: Sequence[str]) -> list[Path]:
     return removed
 
 
+@dataclass(frozen=True)
+class Outstanding:
+    """A stage that is not done: whether it needs a gang, and how many units are left (None: not known yet)."""
+
+    name: str
+    gang: bool
+    units: int | None
+
+
+def outstanding(inputs: Inputs, names: Sequence[str], *, awaited: bool) -> list[Outstanding]:
+    """Those of these stages that are not done, for a launcher that submits; what can be refused now is.
+
+    ``awaited``: an earlier stage is still at work. What comes after an unfinished stage counts as not done, since its
+    inputs are not known yet.
+    """
+    found: list[Outstanding] = []
+    for name in names:
+        stage = build(name, inputs)
+        state, units = StageState(inputs.workspace, stage), list(stage.units)
+        if not awaited:
+            begun = state.compare()
+            units = state.missing()
+            if begun and not units and not stage.wanted():
+                stage.settle()
+                continue
+            stage.check()
+        out = sum(unit.bytes_out for unit in units)
+        state.refuse_disk(out)
+        known = len(units) if out or not awaited else None  # what only reads, reads files that are not there yet
+        found.append(Outstanding(name, isinstance(stage, GangStage), known))
+        awaited = True
+    return found
+
+
 def run_stage(
     inputs: Inputs, name: str, command: Command, *, stop: StopRequest, watch: Callable[[Stage], None]
 ) -> StageResult:
@@ -121,7 +155,7 @@ def _launch_pool(inputs: Inputs, stage: Stage, command: Command, stop: StopReque
     count = max(1, min(launcher.workers, len(StageState(inputs.workspace, stage).missing())))
     commands = [command.worker(stage.name, index, count, run) for index in range(count)]
     logs = [inputs.workspace.logs / f"{stage.name}-{index}.log" for index in range(count)]
-    run_workers = import_module(LAUNCHERS[launcher.kind]).run_workers
+    run_workers = import_module(LAUNCHERS["local"]).run_workers
     code, said = run_workers(commands, logs, max_faults=launcher.max_faults, stop=stop, watch=watch)
     if code:
         raise WorkersFailed(code, said, inputs.workspace.logs)
@@ -135,7 +169,7 @@ def _launch_gang(
     def commands(rendezvous: str, attempt: str) -> list[list[str]]:
         return [command.node(stage.name, index, rendezvous, attempt, run) for index in nodes]
 
-    code, said = import_module(LAUNCHERS[launcher.kind]).run_gang(
+    code, said = import_module(LAUNCHERS["local"]).run_gang(
         commands,
         [inputs.workspace.logs / f"{stage.name}-node{index}.log" for index in nodes],
         run=run,

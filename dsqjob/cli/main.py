@@ -30,10 +30,20 @@ def _overrides(command: F) -> F:
         ),
         click.option("--nodes", type=click.IntRange(1), help="Nodes; GPUs per node = model_parallel / nodes."),
         click.option("--mp", type=click.IntRange(1), help="Model-parallel degree."),
-        click.option("--on", "launcher", help="Launcher: local."),
+        click.option("--on", "launcher", help="Launcher: local, or slurm, which submits."),
     ):
         command = option(command)
     return command
+
+
+class _NodeNumber(click.IntRange):
+    """A number, or ``slurm``: the number that Slurm gave to this task."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.environ.get("SLURM_PROCID", value) if value == "slurm" else value, param, ctx)
 
 
 @click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,6 +89,11 @@ def run(job: str, stage: str | None, through: str | None, restart: bool, **optio
     extra += [f"calibrate.generate={json.dumps(prompt)}"] if prompt is not None else []
     options["sets"] = (*options["sets"], *extra)
     loaded, sets = _load(job, **options)
+    if loaded.launcher.kind == "slurm":
+        from dsqjob.cli.submission import submit_pipeline
+
+        submit_pipeline(loaded, stage=stage, through=through, restart_first=restart)
+        return
     run_pipeline(loaded, job, sets, stage=stage, through=through, restart_first=restart)
 
 
@@ -87,7 +102,9 @@ def run(job: str, stage: str | None, through: str | None, restart: bool, **optio
 @click.argument("job")
 @click.option("--worker", "index", type=click.IntRange(0), help="This worker's number, from 0.")
 @click.option("--workers", "count", type=click.IntRange(1), help="How many workers there are.")
-@click.option("--node", type=click.IntRange(0), help="calibrate: this node's number, from 0, of --nodes.")
+@click.option(
+    "--node", type=_NodeNumber(), help="calibrate: this node's number, from 0, of --nodes; slurm: as it says."
+)
 @click.option("--rendezvous", metavar="HOST:PORT", help="calibrate: where nodes meet; HOST is node 0.")
 @click.option("--attempt", default="0", show_default=True, help="calibrate: the same on all nodes, new for each start.")
 @click.option("--run", "run_id", default="", help="Marks the events of one launch.")
@@ -137,6 +154,60 @@ def status(job: str, as_json: bool, sets: tuple[str, ...]) -> None:
     from dsqjob.job.load import workspace_of
 
     print_status(workspace_of(job, sets=sets, environment=os.environ), as_json)
+
+
+@cli.command()
+@click.argument("job")
+@click.option("--stage", type=click.Choice(STAGES), help="This stage's; by default the latest one's.")
+@click.option("--rank", type=click.IntRange(0), help="calibrate: of this rank.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the stage is over.")
+@click.option("--set", "sets", multiple=True, metavar="K=V", hidden=True)
+def logs(job: str, sets: tuple[str, ...], **which: Any) -> None:
+    """What workers, supervisors and ranks said."""
+    from dsqjob.cli.following import print_logs
+    from dsqjob.job.load import workspace_of
+
+    print_logs(workspace_of(job, sets=sets, environment=os.environ), **which)
+
+
+@cli.command()
+@click.argument("job")
+@click.option("--set", "sets", multiple=True, metavar="K=V", hidden=True)
+def cancel(job: str, sets: tuple[str, ...]) -> None:
+    """Stop what waits or runs; `run` goes on from there later."""
+    from dsqjob.cli.following import cancel_jobs
+    from dsqjob.job.load import workspace_of
+
+    cancel_jobs(workspace_of(job, sets=sets, environment=os.environ))
+
+
+@cli.command()
+@click.argument("scheduler", type=click.Choice(["slurm"]))
+@click.argument("job")
+@click.option("--stage", type=click.Choice(STAGES), help="This stage only, or the first one with --through.")
+@click.option("--through", type=click.Choice(STAGES), help="The last stage.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the scripts to this folder.")
+@_overrides
+def render(scheduler: str, job: str, stage: str | None, through: str | None, out: Path | None, **options: Any) -> None:
+    """Print exactly what `run` would send to the scheduler."""
+    from dsqjob.cli.submission import print_scripts
+
+    options["launcher"] = scheduler
+    print_scripts(_load(job, **options)[0], stage=stage, through=through, out=out)
+
+
+@cli.command(hidden=True)
+@click.argument("stage", type=click.Choice(STAGES))
+@click.argument("job")
+@_overrides
+def batch(stage: str, job: str, **overrides: Any) -> None:
+    """What a Slurm job runs on its first node."""
+    from dsqjob.launchers.slurm.allocation import Allocation
+    from dsqjob.launchers.slurm.batch import Batch
+
+    loaded = _load(job, **overrides)[0]
+    here = Allocation.of(os.environ)
+    sys.exit(Batch(loaded, stage, gang=stage in GANGS, job_file=Path(job).absolute(), here=here).run())
 
 
 @cli.command()

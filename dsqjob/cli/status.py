@@ -1,17 +1,20 @@
-"""``dsqjob status``: a function of the event log. Kept light: no numpy, no pydantic, no rich."""
+"""``dsqjob status``: a function of the event log, Slurm's word beside it. Light: no numpy, no pydantic, no rich."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
 from dsqjob.engine.events import read_events
 from dsqjob.engine.observe import StageSeen, observe
 from dsqjob.engine.workspace import Workspace
-from dsqjob.errors import UsageError
+from dsqjob.errors import DsqjobError, UsageError
+from dsqjob.launchers.slurm.handle import read_handle
+from dsqjob.launchers.slurm.watch import Observed, observed
 from dsqjob.stages import STAGES
 
 
@@ -25,16 +28,64 @@ def print_status(workspace: Path, as_json: bool) -> None:
             way_out="dsqjob plan JOB, then dsqjob run JOB",
         )
     now = time.time()
-    seen = observe(read_events(Workspace(workspace).events), now)
+    events = list(read_events(Workspace(workspace).events))
+    seen = observe(events, now)
     stages = sorted(seen.values(), key=lambda stage: STAGES.index(stage.stage))
+    jobs = {stage: _in_queue(Workspace(workspace), stage, events) for stage in STAGES}
     if as_json:
-        click.echo(json.dumps({"workspace": str(workspace), "stages": [stage.to_json() for stage in stages]}, indent=1))
+        queue = {stage: [job.to_json() for job in found.jobs] for stage, found in jobs.items() if found is not None}
+        whole = {"workspace": str(workspace), "stages": [stage.to_json() for stage in stages], "slurm": queue}
+        click.echo(json.dumps(whole, indent=1))
         return
     click.echo(f"workspace {workspace}")
-    for stage in stages:
-        click.echo(_line(stage))
-    if not stages:
+    for name in STAGES:
+        if name in seen:
+            click.echo(_line(seen[name]))
+        elif jobs[name] is not None:
+            click.echo(f"{name:<9} waiting")
+        for line in found.lines if (found := jobs[name]) is not None else ():
+            click.echo(f"          {line}")
+    if not stages and not any(jobs.values()):
         click.echo("no stage has begun")
+
+
+class _Queue(NamedTuple):
+    """A stage's jobs as Slurm sees them, and lines about them."""
+
+    jobs: list[Observed]
+    lines: list[str]
+
+
+def _in_queue(workspace: Workspace, stage: str, events: list[dict[str, Any]]) -> _Queue | None:
+    """What Slurm says of a stage that was submitted, and what its jobs said of themselves. Never fails for Slurm."""
+    handle = read_handle(workspace, stage)
+    if handle is None:
+        return None
+    found, lines = [], []
+    for job in handle.jobs:
+        try:
+            records = observed(job)
+        except DsqjobError as error:
+            lines.append(f"job {job}: {error.what}")
+            continue
+        found += records
+        lines += _records(job, records)
+    ends = [event for event in events if event.get("of") == stage and event["event"] == "batch-end"]
+    if ends and ends[-1].get("cause", "NONE") != "NONE":
+        lines.append(f"job {ends[-1]['job']} was last stopped because {ends[-1]['why']}")
+    return _Queue(found, lines)
+
+
+def _records(job: str, records: list[Observed]) -> list[str]:
+    """A line a job; tasks of an array are counted by what they do."""
+    if not records:
+        return [f"job {job}: Slurm does not know it any more"]
+    if len(records) == 1:
+        return [f"job {records[0].job} {records[0].words}"]
+    same: dict[str, list[str]] = {}
+    for one in records:
+        same.setdefault(one.words, []).append(one.job)
+    return [f"job {job}: {len(names)} of {len(records)} tasks: {words}" for words, names in same.items()]
 
 
 def _line(stage: StageSeen) -> str:

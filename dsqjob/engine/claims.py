@@ -114,6 +114,10 @@ class Claims:
         """Tokens of every claim that is not dead."""
         return {str(self._holder(path).get("token")) for path in self._paths() if not self._dead(path)}
 
+    def alive(self) -> list[dict[str, Any]]:
+        """Holders of every claim that is not dead."""
+        return [self._holder(path) for path in self._paths() if not self._dead(path)]
+
     def dead(self) -> list[Path]:
         """Claims whose holder is dead."""
         return [path for path in self._paths() if self._dead(path)]

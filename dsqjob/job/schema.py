@@ -239,6 +239,8 @@ class Slurm(_Section):
     """Jobs that calibrate: all nodes at once."""
     workers: Resources = Resources()
     """Jobs of the other stages: an array of workers, one node each, no GPU."""
+    throttle: Count | None = None
+    """At most so many tasks of an array at a time; by default all of launcher.workers."""
     notice: Count = 120
     """Seconds between the signal that announces the time limit and the limit."""
     requeue: Annotated[bool, Strict()] = True

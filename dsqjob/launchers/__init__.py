@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-LAUNCHERS = {"local": "dsqjob.launchers.local"}
-"""Kind in the job file -> module with ``run_workers``."""
+LAUNCHERS = {"local": "dsqjob.launchers.local", "slurm": "dsqjob.launchers.slurm.submit"}
+"""Kind in the job file -> module that starts workers: ``local`` runs them, the others submit them."""

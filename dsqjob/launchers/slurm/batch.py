@@ -1,0 +1,204 @@
+"""What a Slurm job runs on its first node: starts the step, hears Slurm's signals, and decides how the job ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dsqjob.engine.events import EventLog, read_events
+from dsqjob.engine.workspace import Workspace
+from dsqjob.errors import EXIT_CODES, DsqjobError, PeerError
+from dsqjob.job.schema import Job
+from dsqjob.launchers.slurm.allocation import Allocation
+from dsqjob.launchers.slurm.cause import Cause, Verdict, decide, fields, read_cause
+from dsqjob.launchers.slurm.client import Answer, ask
+from dsqjob.launchers.slurm.faults import Faults
+from dsqjob.launchers.slurm.handle import read_handle
+from dsqjob.launchers.slurm.refusals import explained
+from dsqjob.launchers.slurm.step import step
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_TICK = 0.2
+_PATIENCE = 60.0
+"""Seconds between asking a step to stop and ending it: a gang's ranks are given ten, supervisors some more."""
+_SETTLE = 2.0
+"""Seconds in which events of other nodes become visible on a slow file server."""
+_SEVERITY = (65, 64, 74, 75, 70, 69)
+_REFUSED = ("unrecognized option", "Unable to", "error: Invalid", "container")
+
+
+class Batch:
+    """One run of a job: of a gang (all nodes at once), or of one worker of a pooled stage."""
+
+    def __init__(self, job: Job, stage: str, *, gang: bool, job_file: Path, here: Allocation) -> None:
+        self._job, self._stage, self._gang, self._job_file, self._here = job, stage, gang, job_file, here
+        self._workspace = Workspace(job.workspace)
+        self._faults = Faults(self._workspace, stage)
+        self._heard: list[signal.Signals] = []
+        self._log = EventLog(
+            self._workspace.events, worker=f"{stage}-batch", host=here.host, of=stage, job=here.name,
+            restarts=here.restarts,
+        )  # fmt: skip
+
+    def run(self) -> int:
+        """Bring the stage forward; the exit code that this job ends with. UsageError ``allocation-nodes``,
+        ``allocation-gpus``, and what the worker raised before it began."""
+        for number in _SIGNALS:
+            signal.signal(number, self._hear)
+        self._log.write("batch", nodes=self._here.nodes)
+        try:
+            if self._gang:
+                self._here.check(self._job)
+            code = self._attempts()
+        except DsqjobError as error:
+            self._log.write("batch-end", code=error.exit_code, why=error.what)
+            raise
+        for number in _SIGNALS:  # what ends now must not be killed in the middle of it; children inherit this
+            signal.signal(number, signal.SIG_IGN)
+        return code
+
+    def _attempts(self) -> int:
+        for number in range(self._job.launcher.max_faults + 1):
+            attempt = f"{self._here.name}-{self._here.restarts}-{number}"
+            code, cause, said = self._attempt(attempt)
+            verdict = decide(code, cause, faults=self._faults.count, max_faults=self._job.launcher.max_faults)
+            if verdict.fault:
+                self._faults.add(attempt, self._blamed(attempt))
+            again = verdict.fault and verdict.requeue and not self._job.slurm.requeue
+            if not again:
+                break
+            self._say(f"a fault ({said}); once more on the same nodes, since the site forbids requeue")
+        return self._end(verdict, cause, said)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        self._heard.append(signal.Signals(number))
+
+    def _attempt(self, attempt: str) -> tuple[int, Cause, str]:
+        """Run the step once: its exit code as the workers meant it, why it was stopped, what was said."""
+        work = step(self._job, self._stage, gang=self._gang, job_file=self._job_file, here=self._here, attempt=attempt)
+        code, cause, srun = self._step(work.argv)
+        if work.afterwards:
+            ask(*work.afterwards, seconds=_PATIENCE)
+        now = self._look(signalled=False)
+        if cause is Cause.NONE or now not in (Cause.NONE, Cause.LIMIT_NOTICE, Cause.PREEMPTION_NOTICE):
+            cause = now
+        if not code:
+            return 0, cause, "done"
+        said = self._said(attempt) or self._said(attempt, wait=_SETTLE)
+        if said:
+            worst = min(said, key=lambda event: _SEVERITY.index(event["code"]))
+            return int(worst["code"]), cause, f"[{worst['id']}] {worst['what']}"
+        if cause is Cause.NONE and any(words in srun for words in _REFUSED):
+            raise explained(srun, gang=self._gang, where="srun")
+        return (code if code in EXIT_CODES else PeerError.exit_code), cause, f"srun ended with {code}\n{srun}".strip()
+
+    def _step(self, argv: Sequence[str]) -> tuple[int, Cause, str]:
+        """Run srun to its end; its code, the cause of a signal, and what it and its tasks said."""
+        cause, asked, looked, before = Cause.NONE, 0.0, 0, _said_so_far()
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as srun:
+            while srun.poll() is None:
+                time.sleep(_TICK)
+                if len(self._heard) > looked:
+                    looked = len(self._heard)
+                    srun.send_signal(signal.SIGUSR2)  # passed on to the tasks; SIGTERM makes srun kill them at once
+                    asked = asked or time.monotonic()
+                    cause = self._look(signalled=True)
+                    self._say(f"{self._heard[-1].name}: {cause.value}; the workers are asked to stop")
+                if asked and time.monotonic() - asked > _PATIENCE:
+                    srun.terminate()
+            return srun.returncode, cause, _said_so_far(before)
+
+    def _look(self, *, signalled: bool) -> Cause:
+        """The cause, from Slurm; where it cannot be asked here, what the signal alone tells."""
+        try:
+            answer = ask("scontrol", "show", "job", "-o", self._here.name)
+        except DsqjobError as error:
+            answer = Answer(error.exit_code, "", str(error))
+        if answer.code or not answer.out:
+            guess = Cause.CANCELLED if signal.SIGTERM in self._heard else Cause.LIMIT_NOTICE
+            return guess if signalled else Cause.NONE
+        return read_cause(fields(answer.out.splitlines()[0]), self._here.restarts, signalled=signalled)
+
+    def _said(self, attempt: str, wait: float = 0.0) -> list[Mapping[str, Any]]:
+        """The errors of this attempt's workers: srun gives the highest of all codes, which names nobody."""
+        time.sleep(wait)
+        return [event for event in self._events(attempt) if event["event"] == "error" and event["code"] in _SEVERITY]
+
+    def _events(self, attempt: str) -> Iterator[dict[str, Any]]:
+        return (event for event in read_events(self._workspace.events) if event.get("run") == attempt)
+
+    def _blamed(self, attempt: str) -> list[str]:
+        """Nodes where a rank or a worker died, or else those that did not come to a proper end."""
+        if not self._gang:
+            return [self._here.host]
+        events = list(self._events(attempt))
+        died = {_short(e["host"]) for e in events if e["event"] == "rank-ended" and e.get("code") not in (0, 75)}
+        ended = {_short(e["host"]) for e in events if e["event"] == "gang-ended"}
+        bad = [node for node in self._here.nodes if _short(node) in died]
+        return bad or ([node for node in self._here.nodes if _short(node) not in ended] if ended else [])
+
+    def _end(self, verdict: Verdict, cause: Cause, said: str) -> int:
+        """Say how it ends, and put the job back into the queue where that is the verdict."""
+        slurm = self._job.slurm
+        back = False
+        if verdict.requeue and slurm.requeue:
+            back = self._requeue()
+        elif not slurm.requeue and verdict.code != 75:
+            self._dismiss_spares(keep_last=verdict.code == 0)
+        if verdict.code == 0:
+            self._faults.forget()
+        then = "back into the queue" if back or cause is Cause.REQUEUED else "the job ends"
+        if verdict.code == 75 and not slurm.requeue:
+            then = "the next spare job goes on"
+        self._log.write("batch-end", code=verdict.code, cause=cause.name, why=cause.value, requeued=back, said=said)
+        self._say(f"exit {verdict.code} ({EXIT_CODES[verdict.code]}): {said}; {then}")
+        return verdict.code
+
+    def _requeue(self) -> bool:
+        """Back into the queue, without nodes that failed twice; they can be excluded only once the job is there."""
+        for number in _SIGNALS:  # requeue sends SIGTERM to everything here, this command included
+            signal.signal(number, signal.SIG_IGN)
+        name = self._here.name
+        answer = ask("scontrol", "requeue", name)
+        if answer.code:
+            self._say(f"requeue was refused: {answer.said}; way out: slurm.requeue: false, with slurm.spares")
+            return False
+        if bad := self._faults.bad_nodes:
+            before = fields(ask("scontrol", "show", "job", "-o", name).out).get("ExcNodeList", "(null)")
+            listed = ",".join(dict.fromkeys([*([] if before == "(null)" else [before]), *bad]))
+            answer = ask("scontrol", "update", f"JobId={name}", f"ExcNodeList={listed}")
+            self._say(f"nodes with two faults are left out: {listed} {answer.said}".strip())
+        return True
+
+    def _dismiss_spares(self, *, keep_last: bool) -> None:
+        """Spare jobs that are not needed; the last one tells the next stage that this one is done."""
+        handle = read_handle(self._workspace, self._stage)
+        own = self._here.name.partition("_")[0]
+        if handle is None or own not in handle.jobs:
+            return
+        left = handle.jobs[handle.jobs.index(own) + 1 :]
+        left = left[:-1] if keep_last else left
+        if left:
+            ask("scancel", *left)
+
+    def _say(self, text: str) -> None:
+        print(f"dsqjob {self._stage} {self._here.name}: {text}", flush=True)
+
+
+def _said_so_far(after: str = "") -> str:
+    """This job's output file from where ``after`` ended; empty where output goes elsewhere."""
+    if not stat.S_ISREG(os.fstat(1).st_mode):
+        return ""
+    text = Path("/proc/self/fd/1").read_text(errors="replace")
+    return text[len(after) :]
+
+
+def _short(host: object) -> str:
+    return str(host).partition(".")[0]
