@@ -98,7 +98,7 @@ class CalibrationWork:
             "release": f"{release.stat().st_size} bytes of config.json",
             "workspace": self.stage.inputs.workspace.identity(),
         }
-        agree(rank, facts)
+        agree(rank, facts, device)
         refuse_full_device(rank.index, device, self.stage.memory)
 
     def _load(self, rank: Rank, device: torch.device) -> Wiring:

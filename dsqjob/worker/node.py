@@ -13,8 +13,12 @@ from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.stage import GangStage, StageState
 from dsqjob.engine.workspace import Workspace
 from dsqjob.errors import DsqjobError, UsageError
-from dsqjob.gang.node import Limits, Node
+from dsqjob.gang.node import Limits, Node, Places
+from dsqjob.gang.preflight import probe_storage
 from dsqjob.gang.supervisor import supervise
+
+_LEAST_FREE = 64 << 20
+"""Bytes that a gang's small files may take."""
 
 
 def supervise_stage(
@@ -30,13 +34,14 @@ def supervise_stage(
     stage.check()
     node = Node(index, stage.nodes, stage.ranks_per_node, rendezvous, attempt, workspace.identity())
     limits = Limits(rendezvous=stage.rendezvous_seconds, silence=stage.silence_seconds)
-    shared, logs = workspace.gang(stage.name, attempt), workspace.logs / f"{stage.name}-ranks"
+    places = Places(workspace.gang(stage.name, attempt), workspace.logs / f"{stage.name}-ranks", workspace.events)
     if index:
-        supervise(stage.work(), node, limits, shared=shared, logs=logs, log=log, stop=stop)
+        supervise(stage.work(), node, limits, places, log=log, stop=stop, stage=stage.name)
         return
     state.begin()
+    probe_storage(stage.folder, _LEAST_FREE)
     with _holding(state, stop):
-        supervise(stage.work(), node, limits, shared=shared, logs=logs, log=log, stop=stop)
+        supervise(stage.work(), node, limits, places, log=log, stop=stop, stage=stage.name)
     state.sweep_all()
     stage.settle()
     try:

@@ -1,0 +1,43 @@
+"""Where a supervisor stands in its gang, and how long it waits. Light: no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Node:
+    """Node ``index`` of ``nodes``, with ``ranks`` ranks each; ``rendezvous`` is HOST:PORT on node 0. ``attempt`` is the
+    same on all nodes and new for each start; ``job`` tells gangs of other jobs apart."""
+
+    index: int
+    nodes: int
+    ranks: int
+    rendezvous: str
+    attempt: str
+    job: str
+
+    @property
+    def size(self) -> int:
+        """Ranks of the whole gang."""
+        return self.nodes * self.ranks
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders: ``shared`` of this attempt on the shared file system, ``logs`` of the ranks, ``events``."""
+
+    shared: Path
+    logs: Path
+    events: Path
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: until all nodes have arrived; without a sign of life of a rank or node; from being asked to stop to
+    being killed."""
+
+    rendezvous: float = 300
+    silence: float = 30
+    grace: float = 10
