@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +178,15 @@ def wrong_models_are_refused(release: str, scratch: str) -> None:
     _refused(lambda: import_code(FAMILY, Path(release) / "inference", {}), "vendor-code-changed", "inference")
     config = Path(scratch) / "config.json"
     config.write_text((Path(release) / "inference" / "config.json").read_text().replace('"dim"', '"dimension"'))
-    _refused(
-        lambda: model_args(module, config, batch_size=1, sequence_length=8), "inference-config", str(config)
-    )
-    config.write_text((Path(release) / "inference" / "config.json").read_text().replace('"n_layers": 4', '"n_layers": 3'))
-    for text, id in ((config.read_text(), "model-tensor-unknown"), (_wider(config.read_text()), "model-tensor-shape")):
-        config.write_text(text)
+    _refused(lambda: model_args(module, config, batch_size=1, sequence_length=8), "inference-config", str(config))
+    text = (Path(release) / "inference" / "config.json").read_text()
+    for old, new, id in (
+        ('"n_routed_experts": 16', '"n_routed_experts": 8', "model-tensor-unknown"),
+        ('"q_lora_rank": 128', '"q_lora_rank": 256', "model-tensor-shape"),
+        ('"n_hash_layers": 1', '"n_hash_layers": 2', "model-tensor-missing"),
+    ):
+        config.write_text(text.replace(old, new))
         model = build_model(module, model_args(module, config, batch_size=1, sequence_length=8), torch.device("cpu"))
-        plan = family(FAMILY).mp_file(opened, 0, 1)
         with Sources(opened.root) as sources:
-            _refused(lambda: fill(plan, parameters_of(model), sources, tick=lambda _: None), id, "layers.")  # noqa: B023
-
-
-def _wider(text: str) -> str:
-    return text.replace('"n_layers": 3', '"n_layers": 4').replace('"q_lora_rank": 128', '"q_lora_rank": 256')
+            plan, parameters = family(FAMILY).mp_file(opened, 0, 1), parameters_of(model)
+            _refused(partial(fill, plan, parameters, sources, tick=lambda _: None), id, "layers.")
