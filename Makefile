@@ -11,13 +11,18 @@ JOB ?= deepseek-v4-pro
 NODES ?=
 MP ?=
 ON ?=
+SITE ?=
 SET ?=
 
 DSQJOB := .venv/bin/dsqjob
-OVERRIDES = $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
+# A site's profile: a name in slurm/, or a path
+PROFILE = $(if $(findstring /,$(SITE)),$(abspath $(SITE)),$(CURDIR)/slurm/$(SITE).yaml)
+OVERRIDES = $(if $(SITE),--set 'profile=$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
 UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/tokens tests/verify
 WHOLE := tests/cli tests/gang tests/calibration tests/pipeline tests/faults tests/slurm tests/documents
-SYSTEM_PACKAGES := strace
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins slurmdbd slurm-wlm-mysql-plugin \
+  mariadb-server-core mariadb-client-core
+SYSTEM_PACKAGES := strace $(SLURM_PACKAGES)
 
 .PHONY: help setup demo lint check test test-all test-gpu bench clean tokens-v4 convert-v4 calibrate-v4 export-v4 verify-v4 pipeline-v4 system-packages
 
@@ -40,7 +45,7 @@ lint: setup ## style, types, layers
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/shellcheck .ci/run tests/setup-venv tests/demo
+	.venv/bin/shellcheck .ci/run tests/setup-venv tests/demo tests/system-packages
 	.venv/bin/yamllint --strict .
 
 check: lint ## lint, then unit tests (under 3 minutes)
@@ -58,10 +63,7 @@ bench: setup ## ratios, side by side, printed
 	.venv/bin/python -m tests.benchmarks
 
 system-packages:
-	@if [[ "$${CI:-}" == true || "$${APT:-}" == yes ]]; then \
-	  for p in $(SYSTEM_PACKAGES); do command -v "$$p" >/dev/null || missing="$${missing:-} $$p"; done; \
-	  if [[ -n "$${missing:-}" ]]; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi; fi
+	@tests/system-packages $(SYSTEM_PACKAGES)
 
 clean: ## remove what make made here
 	rm -rf .demo .venv .venv-base .mypy_cache .pytest_cache .ruff_cache .hypothesis dsqjob.egg-info
@@ -69,7 +71,7 @@ clean: ## remove what make made here
 tokens-v4: setup ## calibration text -> token ids; where there is network, for named data sets. JOB= SET="k=v ..."
 	$(DSQJOB) run $(JOB) --stage tokens $(OVERRIDES)
 
-calibrate-v4: setup ## release + tokens -> amax, by a gang of MP ranks. JOB= NODES= MP= ON=local SET=
+calibrate-v4: setup ## release + tokens -> amax, by a gang of MP ranks. JOB= NODES= MP= ON=local|slurm SITE= SET=
 	$(DSQJOB) run $(JOB) --through calibrate $(OVERRIDES)
 
 convert-v4: setup ## release -> model-parallel checkpoint. JOB= NODES= MP= ON=local SET="k=v ..."

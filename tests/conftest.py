@@ -12,14 +12,20 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 CI = os.environ.get("CI") == "true"
 GOLDEN = Path(os.environ.get("GOLDEN", CHECKOUT.parent / "shared" / "golden")) / "v4"
-WAYS = {"strace": "apt-get install strace", "root": "run as root, for mounts"}
+WAYS = {
+    "strace": "apt-get install strace",
+    "root": "run as root, for mounts and namespaces",
+    "slurmctld": "make system-packages APT=yes",
+    "mariadbd": "make system-packages APT=yes",
+}
+PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 _left_out: dict[str, str] = {}
 _weakened: list[str] = []
 
 
 def _has(what: str) -> bool:
-    return os.getuid() == 0 if what == "root" else shutil.which(what) is not None
+    return os.getuid() == 0 if what == "root" else shutil.which(what, path=PLACES) is not None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -53,8 +53,8 @@ def load(
 
     from dsqjob.job.schema import Job
 
-    raw, place = _read(name, sets, environment)
-    _refuse_unknown(raw, Job, place, "")
+    raw, place = _read(name, sets, environment, known=lambda given, file: _refuse_unknown(given, Job, file, ""))
+    said, profile = _said(name, sets), raw.get("profile")
     _derive(raw, place)
     _choose(raw.get("family"), families, "family-unknown", "family", place)
     launcher = raw.get("launcher")
@@ -64,8 +64,10 @@ def load(
         return Job.model_validate(raw)
     except ValidationError as error:
         problems = [_problem(problem) for problem in error.errors(include_url=False)]
+        field = problems[0][0]
+        file = profile if profile and _get(said, field) is None and _get(raw, field) is not None else place
         raise UsageError(
-            "job-invalid", "; ".join(text for _, text in problems), where=f"{place}: {problems[0][0]}", way_out=_MANUAL
+            "job-invalid", "; ".join(text for _, text in problems), where=f"{file}: {field}", way_out=_MANUAL
         ) from None
 
 
@@ -78,22 +80,37 @@ def workspace_of(name: str, *, sets: Sequence[str] = (), environment: Mapping[st
     return _absolute(value, place)
 
 
-def _read(
-    name: str, sets: Sequence[str], environment: Mapping[str, str], only: str | None = None
-) -> tuple[dict[str, Any], Path]:
+def _said(name: str, sets: Sequence[str]) -> dict[str, Any]:
+    """What the job file and the overrides say themselves."""
     text, place = _text(name)
     raw = parse(text, str(place))
     if not isinstance(raw, dict):
         raise UsageError("job-yaml", "a job file is a mapping of fields", where=place, way_out=_MANUAL)
     for item in sets:
         _set(raw, item)
-    raw = _under_profile(raw, environment, place)
+    return raw
+
+
+def _read(
+    name: str,
+    sets: Sequence[str],
+    environment: Mapping[str, str],
+    only: str | None = None,
+    known: Callable[[Any, Path], None] | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """The fields of job file, overrides and profile; ``known`` refuses those of one file that no field has."""
+    place, raw = _text(name)[1], _said(name, sets)
+    if known is not None:
+        known(raw, place)
+    raw = _under_profile(raw, environment, place, known)
     if only is not None:
         raw = {only: raw.get(only)}
     return _expand(raw, environment, place, ""), place
 
 
-def _under_profile(raw: dict[str, Any], environment: Mapping[str, str], place: Path) -> dict[str, Any]:
+def _under_profile(
+    raw: dict[str, Any], environment: Mapping[str, str], place: Path, known: Callable[[Any, Path], None] | None
+) -> dict[str, Any]:
     """The job's fields over those of its profile, section by section; lists and values are replaced whole.
 
     UsageError ``profile-missing`` where the file cannot be read, ``job-yaml`` where it is no mapping.
@@ -112,6 +129,8 @@ def _under_profile(raw: dict[str, Any], environment: Mapping[str, str], place: P
     below = parse(text, str(path))
     if not isinstance(below, dict) or "profile" in below:
         raise UsageError("job-yaml", "a profile is a mapping of fields, without `profile`", where=path, way_out=_MANUAL)
+    if known is not None:
+        known(below, path)
     return _over(below, {**raw, "profile": str(path)})
 
 

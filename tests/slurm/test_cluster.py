@@ -118,6 +118,7 @@ def test_notice_of_the_time_limit_is_given(cluster: Cluster, limited: tuple[str,
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0")
 
 
+@pytest.mark.needs("mariadbd")
 def test_accounting_answers(tmp_path: Path) -> None:
     before = {path.name for path in Path("/run").iterdir()}
     with Cluster(nodes=1, gpus=2, accounting=True) as cluster:

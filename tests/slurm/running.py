@@ -1,0 +1,76 @@
+"""Jobs of dsqjob on the pretended cluster, as a user on its login node has them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.harness import dsqjob, write_job
+from tests.slurm.cluster import Cluster
+
+
+class Login:
+    """A shell on the login node; every job is submitted with a low limit of time and memory."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def job(self, folder: Path, release: Path, **settings: Any) -> Path:
+        """A job file for Slurm."""
+        asked = {"launcher__kind": "slurm", "launcher__workers": 2, "slurm__notice": 30}
+        return write_job(folder, release, **{**asked, **settings})
+
+    def dsqjob(self, *arguments: object, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run dsqjob there."""
+        return dsqjob(*arguments, code=code, environment={**self.cluster.environment, **environment})
+
+    def run(self, job: Path, *arguments: object) -> dict[str, list[str]]:
+        """``dsqjob run``: stage -> ids of the jobs that it submitted."""
+        said = self.dsqjob("run", job, *arguments).stdout
+        found = re.findall(r"^(\w+): submitted, job ([\d, ]+)", said, re.M)
+        return {stage: ids.strip().split(", ") for stage, ids in found}
+
+    def tasks(self, job: str) -> list[dict[str, str]]:
+        """What Slurm says of every task of an array, or of a job."""
+        lines = self.cluster.run("scontrol", "show", "job", "-o", job).splitlines()
+        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if line]
+
+    def wait(self, job: str, seconds: float = 60, states: tuple[str, ...] = ()) -> list[str]:
+        """Wait until all tasks of a job are over (or in ``states``); their states. A requeued job need not wait."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            tasks = self.tasks(job)
+            found = [task["JobState"] for task in tasks]
+            if all(s in states if states else s not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED") for s in found):
+                return found
+            for task in tasks:
+                self._wake(task)
+            time.sleep(0.3)
+        raise TimeoutError(f"job {job} is {found} after {seconds:g} s\n{self.said(job)}")
+
+    def awake(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job, whose wait after a requeue is lifted."""
+        (task,) = self.tasks(job)
+        self._wake(task)
+        return task
+
+    def _wake(self, task: dict[str, str]) -> None:
+        if task["JobState"] == "PENDING" and task["Reason"] == "BeginTime":
+            self.cluster.run("scontrol", "update", f"JobId={task['JobId']}", "StartTime=now", code=None)
+
+    def said(self, job: str) -> str:
+        """What a job wrote."""
+        out = [Path(task["StdOut"]) for task in self.tasks(job)]
+        return "\n".join(path.read_text(errors="replace") for path in out if path.is_file())
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Wait until ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
