@@ -64,6 +64,9 @@ class CalibrationWork:
             snapshot = self._measure(rank, wiring)
             rank.phase("save", limits.save)
             self._leave(rank, wiring, snapshot)
+            if device.type == "cuda":
+                peak, need = torch.cuda.max_memory_reserved(device), sum(self.stage.memory.values())
+                rank.log.write("memory", stage=self.stage.name, rank=rank.index, peak=peak, planned=need)
             if self.job.calibrate.generate is not None:
                 rank.phase("generate", limits.batch)
                 self._generate(rank, wiring)
