@@ -12,7 +12,7 @@ import click
 from dsqjob.engine.events import read_events
 from dsqjob.engine.observe import StageSeen, observe
 from dsqjob.engine.workspace import Workspace
-from dsqjob.errors import DsqjobError, UsageError
+from dsqjob.errors import DsqjobError, Interrupted, UsageError
 from dsqjob.launchers.slurm.handle import read_handle
 from dsqjob.launchers.slurm.watch import Observed, observed
 from dsqjob.stages import STAGES
@@ -73,6 +73,8 @@ def _in_queue(workspace: Workspace, stage: str, events: list[dict[str, Any]]) ->
     ends = [event for event in events if event.get("of") == stage and event["event"] == "batch-end"]
     if ends and ends[-1].get("cause", "NONE") != "NONE":
         lines.append(f"job {ends[-1]['job']} was last stopped because {ends[-1]['why']}")
+    if ends and ends[-1]["code"] not in (0, Interrupted.exit_code):
+        lines.append(f"job {ends[-1]['job']} ended with {ends[-1]['code']}: {ends[-1].get('said', ends[-1]['why'])}")
     return _Queue(found, lines)
 
 

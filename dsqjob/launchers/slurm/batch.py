@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +32,10 @@ _PATIENCE = 60.0
 """Seconds between asking a step to stop and ending it: a gang's ranks are given ten, supervisors some more."""
 _SETTLE = 2.0
 """Seconds in which events of other nodes become visible on a slow file server."""
-_SEVERITY = (65, 64, 74, 75, 70, 69)
+_SEVERITY = (65, 64, 74, 70, 69, 75)
+"""Of a step that nobody asked to stop: its 75 are those of workers that srun ended because another one had failed."""
+_SEVERITY_STOPPED = (65, 64, 74, 75, 70, 69)
+_OF_A_RANK = ("rank-died", "rank-silent")
 _REFUSED = ("unrecognized option", "Unable to", "error: Invalid", "container")
 
 
@@ -93,11 +98,12 @@ class Batch:
             return 0, cause, "done"
         said = self._said(attempt) or self._said(attempt, wait=_SETTLE)
         if said:
-            worst = min(said, key=lambda event: _SEVERITY.index(event["code"]))
+            order = _SEVERITY if cause is Cause.NONE else _SEVERITY_STOPPED
+            worst = min(said, key=lambda event: order.index(event["code"]))
             return int(worst["code"]), cause, f"[{worst['id']}] {worst['what']}"
         if cause is Cause.NONE and any(words in srun for words in _REFUSED):
             raise explained(srun, gang=self._gang, where="srun")
-        return (code if code in EXIT_CODES else PeerError.exit_code), cause, f"srun ended with {code}\n{srun}".strip()
+        return (code if code in EXIT_CODES else PeerError.exit_code), cause, f"srun ended with {code}: {_gist(srun)}"
 
     def _step(self, argv: Sequence[str]) -> tuple[int, Cause, str]:
         """Run srun to its end; its code, the cause of a signal, and what it and its tasks said."""
@@ -135,14 +141,16 @@ class Batch:
         return (event for event in read_events(self._workspace.events) if event.get("run") == attempt)
 
     def _blamed(self, attempt: str) -> list[str]:
-        """Nodes where a rank or a worker died, or else those that did not come to a proper end."""
+        """Nodes where a rank or a worker died, or else those whose supervisor did not say how it ended."""
         if not self._gang:
             return [self._here.host]
-        events = list(self._events(attempt))
-        died = {_short(e["host"]) for e in events if e["event"] == "rank-ended" and e.get("code") not in (0, 75)}
-        ended = {_short(e["host"]) for e in events if e["event"] == "gang-ended"}
-        bad = [node for node in self._here.nodes if _short(node) in died]
-        return bad or ([node for node in self._here.nodes if _short(node) not in ended] if ended else [])
+        folder = self._workspace.gang(self._stage, attempt)
+        endings: dict[str, dict[str, Any]] = {}
+        for index, node in enumerate(self._here.nodes):
+            with suppress(OSError, ValueError):
+                endings[node] = json.loads((folder / f"node{index}.json").read_bytes())
+        died = {_short(end["host"]) for end in endings.values() if end.get("id") in _OF_A_RANK}
+        return [node for node in self._here.nodes if (_short(node) in died if died else node not in endings)]
 
     def _end(self, verdict: Verdict, cause: Cause, said: str) -> int:
         """Say how it ends, and put the job back into the queue where that is the verdict."""
@@ -198,6 +206,12 @@ def _said_so_far(after: str = "") -> str:
         return ""
     text = Path("/proc/self/fd/1").read_text(errors="replace")
     return text[len(after) :]
+
+
+def _gist(text: str) -> str:
+    """The line that names the error, or else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("[")), lines[-1] if lines else "no word")
 
 
 def _short(host: object) -> str:
