@@ -152,6 +152,7 @@ class CalibrationWork:
                 bytes=tokens,
                 fingerprint=self.fingerprint,
                 measure="tokens",
+                phase=rank.phase_name,
             )
         begun = time.monotonic()
 

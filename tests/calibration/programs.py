@@ -181,7 +181,8 @@ def wrong_models_are_refused(release: str, scratch: str) -> None:
     _refused(lambda: model_args(module, config, batch_size=1, sequence_length=8), "inference-config", str(config))
     text = (Path(release) / "inference" / "config.json").read_text()
     for old, new, cause in (
-        ('"n_routed_experts": 16', '"n_routed_experts": 8', "model-tensor-unknown"),
+        ('"n_layers": 4', '"n_layers": 4, "n_mtp_layers": 0', "model-tensor-unknown"),
+        ('"n_routed_experts": 16', '"n_routed_experts": 8', "model-tensor-shape"),
         ('"q_lora_rank": 128', '"q_lora_rank": 256', "model-tensor-shape"),
         ('"n_hash_layers": 1', '"n_hash_layers": 2', "model-tensor-missing"),
     ):
@@ -189,4 +190,4 @@ def wrong_models_are_refused(release: str, scratch: str) -> None:
         model = build_model(module, model_args(module, config, batch_size=1, sequence_length=8), torch.device("cpu"))
         with Sources(opened.root) as sources:
             plan, parameters = family(FAMILY).mp_file(opened, 0, 1), parameters_of(model)
-            _refused(partial(fill, plan, parameters, sources, tick=lambda _: None), cause, "layers.")
+            _refused(partial(fill, plan, parameters, sources, tick=lambda _: None), cause, ".")

@@ -1,0 +1,103 @@
+"""Stopped at any batch, a calibration goes on with the batches that remain and leaves the same bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.calibration.gangs import Gang, Holds, amax_of, calibration_job, seen
+from tests.harness import dsqjob
+from tests.warm import Warm
+
+BATCHES = [f"batch-{number}" for number in range(24)]
+
+
+@pytest.fixture
+def job(tmp_path: Path, small: Path, small_tokens: Path, holding: Path) -> Path:
+    """24 batches of one sample on two nodes, whose ranks can be held."""
+    settings = {"calibrate__batch_size": 1, "inference_dir": holding}
+    return calibration_job(tmp_path / "job", small, small_tokens, **settings)
+
+
+@pytest.fixture
+def holds(tmp_path: Path) -> Holds:
+    return Holds(tmp_path / "holds")
+
+
+def done(job: Path) -> list[str]:
+    return [event["unit"] for event in seen(job.parent, "unit-done", stage="calibrate")]
+
+
+@pytest.mark.parametrize(
+    ("number", "node"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR2, 0)], ids=lambda value: str(value)
+)
+def test_a_signal_ends_both_nodes_with_75_and_only_the_rest_runs_again(
+    warm: Warm, job: Path, calm: Path, number: signal.Signals, node: int
+) -> None:
+    gang = Gang(warm, job)
+    gang.until("unit-done", unit="batch-3")
+    gang.supervisors[node].signal(number)
+    said = gang.end(75, 30)
+    assert f"stopped by {number.name}" in said and "resumes" in said
+    first = done(job)
+    assert 4 <= len(first) < 24
+    Gang(warm, job, attempt="2").end(0)
+    assert done(job) == BATCHES
+    assert seen(job.parent, "unit")[len(first)]["unit"] == BATCHES[len(first)]
+    assert amax_of(job.parent) == amax_of(calm)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "anothers", "older"])
+def test_a_state_that_cannot_be_used_begins_again(warm: Warm, job: Path, holds: Holds, calm: Path, damage: str) -> None:
+    """Both ranks of one node here; rank 1's file is spoiled."""
+    holds.set("forward-2", 0)
+    alone = Path(str(job)).with_name("alone.yaml")
+    alone.write_text(job.read_text().replace("nodes: 2", "nodes: 1").replace("gpus_per_node: 1", "gpus_per_node: 2"))
+    gang = Gang(warm, alone, 1, environment=holds.environment)
+    gang.until("unit-done", unit="batch-1")
+    gang.supervisors[0].kill_all()
+    state = job.parent / "work" / "state" / "calibrate" / "ranks" / "rank1-mp2.safetensors"
+    data = state.read_bytes()
+    match damage:
+        case "cut":
+            state.write_bytes(data[:-8])
+        case "garbage":
+            state.write_bytes(b"\xff" * len(data))
+        case "empty":
+            state.write_bytes(b"")
+        case "anothers":
+            state.write_bytes((calm / "work" / "state" / "calibrate" / "ranks" / state.name).read_bytes())
+        case "older":
+            state.write_bytes(data.replace(b"calibration state 1", b"calibration state 0"))
+    assert state.read_bytes() != data
+    Gang(warm, alone, 1, attempt="2").end(0)
+    assert done(job) == [*BATCHES[:2], *BATCHES]
+    assert amax_of(job.parent) == amax_of(calm)
+
+
+def test_status_tells_of_a_gang_at_work(warm: Warm, job: Path, holds: Holds, calm: Path) -> None:
+    """From another process, in the middle of a batch; and a second gang is kept out meanwhile."""
+    holds.set("forward-5", 0)
+    gang = Gang(warm, job, environment=holds.environment)
+    gang.until("unit-done", unit="batch-4")
+    text = dsqjob("status", job).stdout
+    assert "5/24 batches" in text and "tokens/s" in text and "phase batch" in text and "left" in text
+    (stage,) = json.loads(dsqjob("status", job, "--json").stdout)["stages"]
+    assert (stage["stage"], stage["state"], stage["phase"], stage["measure"]) == (
+        "calibrate", "running", "batch", "tokens",
+    )  # fmt: skip
+    assert (stage["units"], stage["units_done"]) == (24, 5)
+    assert stage["bytes"] == 24 * stage["bytes_done"] / 5 and stage["rate"] > 0 and stage["seconds_left"] > 0
+
+    second = Gang(warm, job, 1, "--nodes", 2, attempt="2")
+    said = second.end(64)
+    assert "[gang-running]" in said and "way out: wait for it" in said
+    holds.release()
+    gang.end(0)
+    assert done(job) == BATCHES and amax_of(job.parent) == amax_of(calm)
+    Gang(warm, job, attempt="3").end(0)
+    assert done(job) == BATCHES  # nothing was left to do
+    assert "24/24 batches" in dsqjob("status", job).stdout
