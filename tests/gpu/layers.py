@@ -34,6 +34,7 @@ def wired(release: Path, device: torch.device) -> Wiring:
     module = import_code(FAMILY, code, code_digests(code))
     if device.type == "cpu":
         wiring_class(FAMILY).register(module)
+    module.precompute_freqs_cis.cache_clear()  # it remembers tensors of the device that came first
     args = model_args(module, code / "config.json", batch_size=4, sequence_length=160)
     model = build_model(module, args, device)
     with Sources(release) as sources:
