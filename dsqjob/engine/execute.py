@@ -37,7 +37,7 @@ class StopRequest:
 
     def __init__(self, grace: float | None = GRACE) -> None:
         """``grace``: seconds from a signal to the hard exit; None where this process must outlive others."""
-        self._grace = grace
+        self.grace = grace
         self.signal: signal.Signals | None = None
         self._closed = threading.Event()
 
@@ -69,7 +69,7 @@ class StopRequest:
                 self.signal = signal.Signals(heard.si_signo)
             if self.signal is not None and heard_at is None:
                 heard_at = time.monotonic()
-            if heard_at is not None and self._grace is not None and time.monotonic() - heard_at > self._grace:
+            if heard_at is not None and self.grace is not None and time.monotonic() - heard_at > self.grace:
                 os._exit(Interrupted.exit_code)
 
     def check(self) -> None:

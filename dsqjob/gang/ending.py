@@ -1,12 +1,12 @@
-"""How a rank, and a node, ended: small files, since exit codes get lost on the way."""
+"""How ranks and nodes end, and which of several ends decides for all. Light: no torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from dsqjob.errors import (
     BugError,
@@ -18,17 +18,16 @@ from dsqjob.errors import (
     UsageError,
 )
 
-if TYPE_CHECKING:
-    from dsqjob.gang.rank import Rank
-
-SEVERITY = (65, 64, 74, 70, 75, 69, 0)
+_ORDER = (65, 64, 74, 70, 75, 69)
+_ORDER_ASKED = (65, 64, 74, 75, 70, 69)
 _CLASSES = {one.exit_code: one for one in (DataError, UsageError, StorageError, BugError, Interrupted, PeerError)}
-_COLLATERAL = "collective-failed"
+_MENTIONED = 3
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Exit code, the error in words, and who it was: rank (-1: the node itself), host, phase."""
+    """Exit code, the error in words, and who it was: rank (-1: the node itself), host, phase. A ``victim`` ended of
+    what befell others, and is named only where nobody else is."""
 
     code: int
     id: str = ""
@@ -38,44 +37,81 @@ class Ending:
     rank: int = -1
     host: str = ""
     phase: str = ""
+    victim: bool = False
+    time: float = field(default_factory=time.time)
 
     @staticmethod
-    def of(rank: Rank, error: DsqjobError | None) -> Ending:
-        about = (rank.index, rank.host, rank.phase_name)
-        if error is None:
-            return Ending(0, "", "", "", "", *about)
-        return Ending(error.exit_code, error.id, error.what, error.where, error.way_out, *about)
+    def of(error: DsqjobError, *, rank: int = -1, host: str = "", phase: str = "", victim: bool = False) -> Ending:
+        """The end that ``error`` is."""
+        return Ending(
+            error.exit_code, error.id, error.what, error.where, error.way_out, rank, host, phase, victim=victim
+        )
 
-    def write(self, path: Path) -> None:
-        """``path`` is a file, or a folder in which ranks have one each."""
-        target = path / f"rank{self.rank}.json" if path.is_dir() else path
-        aside = target.with_name(f".{target.name}")
-        aside.write_text(json.dumps(asdict(self)))
-        aside.rename(target)
+    def shortened(self, characters: int) -> Ending:
+        """The same in at most so many characters a text."""
+        return replace(
+            self,
+            what=self.what[:characters],
+            where=self.where[-characters:],
+            way_out=self.way_out[: characters // 2],
+            phase=self.phase[:100],
+        )
 
-    @staticmethod
-    def read(path: Path) -> Ending | None:
-        try:
-            return Ending(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+    def to_json(self) -> str:
+        """For ``Ending(**json.loads(...))``."""
+        return json.dumps(asdict(self))
 
-    def error(self) -> DsqjobError:
-        """The error to end with; its first words name rank, host and phase."""
+    @property
+    def first_line(self) -> str:
+        """Rank, host and phase, then what happened."""
         who = f"rank {self.rank} on {self.host} in phase {self.phase}: " if self.rank >= 0 else ""
-        return _CLASSES[self.code](self.id, who + self.what, where=self.where, way_out=self.way_out)
+        return who + self.what
 
 
-def worst(endings: Iterable[Ending], *, asked_to_stop: bool) -> Ending | None:
-    """The ending that decides; None where all were well.
+@dataclass(frozen=True)
+class Report:
+    """How one node's part ended: ``asked`` says which signal came to its supervisor, and where; ``endings`` are the bad
+    ones; ``well`` that every rank of it ended well."""
 
-    75 counts only where somebody ``asked_to_stop`` (ranks are also told to stop when one of them died), and then
-    before 70 and 69, which stopping may cause. A rank that died goes before those that noticed.
+    asked: str = ""
+    endings: tuple[Ending, ...] = ()
+    well: bool = False
+
+
+def verdict(reports: Sequence[Report], more: Iterable[Ending] = ()) -> DsqjobError | None:
+    """What all supervisors end with, made by each from the same reports; None where every rank ended well.
+
+    The first of 65, 64, 74, 70, 75, 69; where a supervisor was asked to stop, 75 comes before 70 and 69, which stopping
+    may cause. A culprit comes before its victims, an earlier end before a later one.
     """
+    endings = [ending for report in reports for ending in report.endings] + list(more)
+    asked = next((report.asked for report in reports if report.asked), "")
+    if not endings and all(report.well for report in reports):
+        return None
+    if asked:
+        endings.append(Ending(Interrupted.exit_code, "interrupted", f"stopped by {asked}", time=0.0))
+    order = _ORDER_ASKED if asked else _ORDER
+    ranked = sorted(endings, key=lambda one: (order.index(one.code), one.victim, one.time, one.rank))
+    if not ranked:
+        return BugError("bug", "a node of the gang ended without a word", way_out="report this, with the ranks' logs")
+    first = ranked[0]
+    if first.code == Interrupted.exit_code:
+        return Interrupted(first.id, first.what, way_out="run the same command again: it resumes")
+    others = [one.first_line.partition("\n")[0] for one in ranked[1:] if not one.victim and one.code != 75]
+    also = "".join(f"\n  also: {line}" for line in others[:_MENTIONED])
+    return _CLASSES[first.code](first.id, first.first_line + also, where=first.where, way_out=first.way_out)
 
-    def order(ending: Ending) -> tuple[int, bool, int]:
-        severity = (65, 64, 74, 75, 70, 69) if asked_to_stop else SEVERITY
-        return severity.index(ending.code), ending.id == _COLLATERAL, ending.rank
 
-    known = [one for one in endings if one.code and (one.code != Interrupted.exit_code or asked_to_stop)]
-    return min(known, key=order, default=None)
+def how_it_ended(code: int) -> str:
+    """An exit code, negative for a signal, in words."""
+    if code >= 0:
+        return f"left with exit code {code} and without a word"
+    return f"killed by {signal_name(-code)}"
+
+
+def signal_name(number: int) -> str:
+    """Such as SIGKILL."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

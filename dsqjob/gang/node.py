@@ -23,6 +23,16 @@ class Node:
         """Ranks of the whole gang."""
         return self.nodes * self.ranks
 
+    def rank(self, local: int) -> int:
+        """The number in the whole gang of this node's rank ``local``."""
+        return self.index * self.ranks + local
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the rendezvous."""
+        host, _, port = self.rendezvous.rpartition(":")
+        return host.strip("[]"), int(port)
+
 
 @dataclass(frozen=True)
 class Places:

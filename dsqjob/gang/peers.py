@@ -1,92 +1,186 @@
-"""Supervisors tell each other that they live and how they ended, through a folder on the shared file system."""
+"""What the supervisors of one attempt tell each other through a folder on the shared file system.
+
+One file a node, written in place and at its full length from the beginning, so that a last word fits on a full disk,
+too. It is touched every few seconds. A thread does this, since a file server may make it wait. Silence is judged by
+watching a file change, so no two clocks are compared; time in which this node could not look itself does not count.
+What lay there when this node began, and never changes, is of an earlier start under the same attempt and says nothing.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import socket
+import threading
 import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dsqjob.engine.workspace import unique_token
-from dsqjob.errors import PeerError
-from dsqjob.gang.ending import Ending
+from dsqjob.gang.ending import Ending, Report
 from dsqjob.gang.node import Limits, Node
 
-_LOOK = 1.0
-_TOUCH = 2.0
+_LENGTH = 32768
+
+
+@dataclass
+class _Seen:
+    """A node's file as last seen, and when it was seen to change; ``lives`` once it changed at all."""
+
+    stamp: tuple[int, int]
+    changed: float
+    lives: bool
+    word: dict[str, Any]
 
 
 class Peers:
-    """The other nodes of an attempt; one look a second at most."""
+    """The other nodes of an attempt, and this node's word to them."""
 
-    def __init__(self, folder: Path, node: Node, limits: Limits) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._node, self._limits = folder, node, limits
-        self._looked = self._touched = 0.0
-        self._mine.write_text(socket.gethostname())
+    def __init__(self, folder: Path, node: Node, host: str, limits: Limits) -> None:
+        self._folder, self._node, self._silence = folder, node, limits.silence
+        self._poll, self._touch = min(1.0, limits.silence / 6), min(3.0, limits.silence / 6)
+        self._others = [index for index in range(node.nodes) if index != node.index]
+        self._token, self._host = unique_token(), host
+        self._said: dict[str, Any] = {"asked": "", "report": None}
+        self._told: tuple[dict[str, Any], str] = ({}, "")
+        self._touched, self._looked = 0.0, time.monotonic()
+        self._seen: dict[int, _Seen] = {}
+        self._gang: dict[int, str] = {}
+        self._replaced: set[int] = set()
+        self._wake, self._closed = threading.Event(), False
+        self._thread = threading.Thread(target=self._live, name="peers", daemon=True)
+        self.reports: dict[int, Report] = {}
+        """Of nodes whose part has ended."""
+        self.asked = ""
+        """A signal that another supervisor was sent, and where."""
+
+    def open(self) -> None:
+        """Arrive. OSError where the folder cannot be written."""
+        if self._others:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._look(first=True)
+            self._tell()
+            self._thread.start()
+
+    def form(self) -> None:
+        """From now on, these nodes as they are make the gang: one that is started anew is another's."""
+        self._gang = self._tokens()
+
+    def announce(self, asked: str) -> None:
+        """Tell the others that this supervisor was asked to stop."""
+        self._said = {**self._said, "asked": asked}
+        self._wake.set()
+
+    def publish(self, report: Report) -> None:
+        """Tell the others how this node's part ended."""
+        few = [asdict(ending.shortened(400)) for ending in report.endings[:8]]
+        self._said = {**self._said, "report": {"asked": report.asked, "endings": few, "well": report.well}}
+        self._wake.set()
 
     @property
-    def _mine(self) -> Path:
-        return self._alive(self._node.index)
+    def hosts(self) -> dict[int, str]:
+        """Other nodes that have arrived, and their hosts."""
+        return {index: str(seen.word.get("host", "")) for index, seen in list(self._seen.items()) if seen.lives}
 
-    def _alive(self, index: int) -> Path:
-        return self._folder / f"node{index}.alive"
+    @property
+    def missing(self) -> list[int]:
+        """Nodes that have not arrived."""
+        return sorted(set(self._others) - set(self.hosts))
 
-    def _end(self, index: int) -> Path:
+    @property
+    def lost(self) -> dict[int, str]:
+        """Nodes that neither ended nor live, and what is known of them."""
+        seen = {index: self._looked - one.changed for index, one in list(self._seen.items()) if one.lives}
+        found = {index: f"gives no sign of life for {age:.0f} s" for index, age in seen.items() if age > self._silence}
+        found |= dict.fromkeys(self._replaced, "was started anew")
+        return {index: what for index, what in found.items() if index not in self.reports}
+
+    @property
+    def awaited(self) -> list[int]:
+        """Nodes that have arrived, live, and have not ended."""
+        return sorted(set(self.hosts) - set(self.reports) - set(self.lost))
+
+    @property
+    def told(self) -> bool:
+        """Whether the others can read this node's last word."""
+        return not self._others or self._told[0] is self._said
+
+    @property
+    def cut_off(self) -> float:
+        """Seconds for which the shared file system has not answered, where that is so long that the others must think
+        this node dead."""
+        age = time.monotonic() - self._looked if self._others else 0.0
+        return age if age > 2 * self._silence else 0.0
+
+    def close(self) -> None:
+        """Stop telling and looking, unless the file system holds the thread."""
+        self._closed = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(self._poll + 1)
+
+    def _path(self, index: int) -> Path:
         return self._folder / f"node{index}.json"
 
-    def tell(self, ending: Ending) -> None:
-        """Say how this node ended."""
-        ending.write(self._end(self._node.index))
+    def _live(self) -> None:
+        while not self._closed:
+            with suppress(OSError):
+                self._tell()
+            with suppress(OSError):
+                self._look()
+            self._wake.wait(self._poll)
+            self._wake.clear()
 
-    def look(self) -> Ending | None:
-        """How another node ended badly, or that it is silent; None while all is well. Says that this one lives."""
+    def _tell(self) -> None:
+        said = self._said
+        seen = self._gang or self._tokens()
+        text = json.dumps({"token": self._token, "host": self._host, "seen": seen, **said})
+        if text != self._told[1]:
+            data = text.encode().ljust(_LENGTH)
+            fd = os.open(self._path(self._node.index), os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.pwrite(fd, data, 0)
+                os.ftruncate(fd, len(data))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            self._told, self._touched = (said, text), time.monotonic()
+        elif time.monotonic() - self._touched > self._touch:
+            os.utime(self._path(self._node.index))
+            self._touched = time.monotonic()
+
+    def _tokens(self) -> dict[int, str]:
+        return {index: str(one.word["token"]) for index, one in list(self._seen.items()) if one.lives}
+
+    def _look(self, *, first: bool = False) -> None:
+        names = set(os.listdir(self._folder))  # opening a folder makes NFS ask the server anew
         now = time.monotonic()
-        if self._node.nodes == 1 or now - self._looked < _LOOK:
-            return None
+        if now - self._looked > self._poll + self._silence / 3:
+            for seen in self._seen.values():
+                seen.changed = now
+        for index in self._others:
+            if f"node{index}.json" in names:
+                self._read(index, now, first)
         self._looked = now
-        if now - self._touched > _TOUCH:
-            self._touched = now
-            os.utime(self._mine)
-        clock = self._clock()
-        for index in self._others():
-            ending = Ending.read(self._end(index))
-            if ending is not None:
-                if ending.code:
-                    return ending
-                continue
-            age = self._age(index, clock)
-            if age is not None and age > self._limits.silence:
-                return self._silent(index, age)
-        return None
 
-    def missing(self) -> list[int]:
-        """Nodes that never said a word."""
-        return [index for index in self._others() if not self._alive(index).exists()]
-
-    def done(self) -> bool:
-        """Whether every other node has ended well."""
-        endings = [Ending.read(self._end(index)) for index in self._others()]
-        return all(ending is not None and not ending.code for ending in endings)
-
-    def _others(self) -> list[int]:
-        return [index for index in range(self._node.nodes) if index != self._node.index]
-
-    def _clock(self) -> float:
-        probe = self._folder / f".clock-{unique_token()}"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink()
-
-    def _age(self, index: int, clock: float) -> float | None:
-        try:
-            return clock - self._alive(index).stat().st_mtime
-        except FileNotFoundError:
-            return None
-
-    def _silent(self, index: int, age: float) -> Ending:
-        host = self._alive(index).read_text()
-        what = f"node {index} ({host}) gives no sign of life for {age:.0f} s: its supervisor or machine died"
-        return Ending(PeerError.exit_code, "node-silent", what, "", "look at that machine; the same command resumes")
+    def _read(self, index: int, now: float, first: bool) -> None:
+        with self._path(index).open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            try:
+                word = json.loads(stream.read())
+            except ValueError:  # its writer is at it
+                return
+        stamp, old = (status.st_ino, status.st_mtime_ns), self._seen.get(index)
+        if old is not None and old.stamp == stamp:
+            return
+        if index in self._gang and word["token"] != self._gang[index]:
+            self._replaced.add(index)
+            return
+        ours = word["seen"].get(str(self._node.index), self._token) == self._token
+        self._seen[index] = _Seen(stamp, now, not first and ours, word)
+        if self._seen[index].lives:
+            self.asked = self.asked or word["asked"]
+            if word["report"] is not None:
+                endings = tuple(Ending(**ending) for ending in word["report"]["endings"])
+                self.reports[index] = Report(word["report"]["asked"], endings, word["report"]["well"])

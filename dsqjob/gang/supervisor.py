@@ -1,39 +1,45 @@
 """The supervisor of a node: starts its ranks through torch's elastic API, watches them, and ends with all other nodes.
 
-Elastic starts, joins and numbers processes; it does not tell why one ended (only the first death, an uncaught
-exception as 1), waits long for ranks that cannot end, and hears signals that are ours. So ranks leave their endings in
-files, the supervisor watches a page of memory and the other nodes' folder, and elastic runs in a thread.
+Elastic starts, joins and numbers processes; it does not tell why one ended, waits long for ranks that cannot end, and
+hears signals that are ours. So ranks leave their last words in memory, the supervisor watches that memory and the other
+nodes' files, and elastic runs in a thread. The main thread waits for nothing that may not answer.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from collections.abc import Callable
 
 from dsqjob.engine.events import EventLog
-from dsqjob.engine.execute import StopRequest
-from dsqjob.errors import Interrupted, PeerError
-from dsqjob.gang.board import Board, Sign
-from dsqjob.gang.ending import Ending, worst
+from dsqjob.engine.execute import StopRequest, in_words
+from dsqjob.errors import DsqjobError, Interrupted, PeerError
+from dsqjob.gang.agent import Agent
+from dsqjob.gang.board import ASKED, LEAVE, Board
+from dsqjob.gang.ending import Ending, Report, verdict
+from dsqjob.gang.entry import run_rank
 from dsqjob.gang.node import Limits, Node, Places
 from dsqjob.gang.peers import Peers
-from dsqjob.gang.rank import Rank, run_rank
+from dsqjob.gang.rank import Rank
+from dsqjob.gang.watch import Ranks
 
-_TICK = 0.2
-_LATE = 15.0
-"""Seconds that elastic is given to notice what the supervisor already knows."""
-_FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TICK = 0.1
+_PULSE = 0.5
+_SETTLE = 1.0
+_SETTLE_VICTIMS = 2.0
+"""Seconds for the other ranks to say how they end, after the first bad end. Victims often end before the culprit has:
+the kernel closes a dying process's sockets before it tells of its death."""
+_LEAVE = 1.0
+_GONE = 5.0
+_WORD = 4.0
+_LINGER = 10.0
+"""Seconds for which a node that failed early waits for the others to come and hear of it."""
+_MEET = 30.0
+_HARD = 10.0
 
 
 def supervise(
@@ -45,14 +51,17 @@ def supervise(
     log: EventLog,
     stop: StopRequest,
     stage: str = "",
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``work`` in every rank of this node; return when the ranks of all nodes ended well.
+    """Run ``prepare`` here and then ``work`` in every rank; return when the ranks of all nodes ended well.
 
-    Raises the error that the gang ended with, of the same exit code on every node: what ranks raised; PeerError
-    ``rank-died``, ``rank-silent``, ``phase-timeout``, ``node-missing``, ``node-silent``, ``collective-failed``;
-    Interrupted when ``stop`` was asked here or elsewhere. No rank is left when this returns.
+    Raises the error that the gang ended with, of the same exit code on every node: what ``prepare`` or ranks raised;
+    PeerError ``rank-died``, ``rank-silent``, ``phase-timeout``, ``node-missing``, ``node-silent``, ``node-cut-off``,
+    ``rendezvous-failed``, ``collective-failed``; Interrupted when ``stop`` was asked here or elsewhere. No rank is left
+    when this returns. Where the process hangs, ``stop`` ends it some seconds after its ranks' grace.
     """
-    _Supervisor(work, node, limits, places, log, stop, stage).run()
+    stop.grace = limits.grace + _HARD
+    _Supervisor(work, node, limits, places, log, stop, stage).run(prepare)
 
 
 class _Supervisor:
@@ -66,195 +75,195 @@ class _Supervisor:
         stop: StopRequest,
         stage: str,
     ) -> None:
-        self.work, self.node, self.limits, self.log, self.stop, self.stage = work, node, limits, log, stop, stage
-        self.places = places
-        self.board = Board(node.ranks)
-        self.peers = Peers(places.shared, node, limits)
-        self.host = socket.gethostname()
-        self._failure: BaseException | None = None
-        self._asked = False
+        self._node, self._limits, self._places = node, limits, places
+        self._log, self._stop, self._stage = log, stop, stage
+        self._host, self._begun = socket.gethostname(), time.monotonic()
+        self._board = Board(node.ranks)
+        self._peers = Peers(places.shared, node, self._host, limits)
+        self._ranks = Ranks(node, limits, self._board, places.logs, self._host)
+        arguments = (work, node, limits, self._board, places, stage, os.getpid())
+        self._agent = Agent(run_rank, arguments, node, max(_MEET, limits.rendezvous))
+        self._asked, self._asked_at = "", math.inf
+        self._own: list[Ending] = []
+        """Ends of this node that are no rank's."""
+        self._closed = threading.Event()
 
-    def run(self) -> None:
-        _prepare_environment()
-        self.log.write("gang", stage=self.stage, attempt=self.node.attempt, node=self.node.index)
-        with tempfile.TemporaryDirectory(prefix="dsqjob-gang-") as folder:
-            self.endings = Path(folder)
-            thread = threading.Thread(target=self._elastic, name="elastic", daemon=True)
-            thread.start()
-            try:
-                cause = self._watch(thread)
-                ending = self._conclude(thread, cause)
-            finally:
-                self._kill(signal.SIGKILL)
-            self.peers.tell(ending or Ending(0, host=self.host))
-        if ending is not None:
-            self.log.write("gang-ended", stage=self.stage, attempt=self.node.attempt, code=ending.code)
-            raise ending.error()
-
-    def _elastic(self) -> None:
-        """Runs in a thread of its own; ranks are forked from it."""
-        node = self.node
-        config = LaunchConfig(
-            min_nodes=node.nodes,
-            max_nodes=node.nodes,
-            nproc_per_node=node.ranks,
-            run_id=f"{node.job}-{node.attempt}",
-            rdzv_backend="c10d",
-            rdzv_endpoint=node.rendezvous,
-            rdzv_configs={
-                "timeout": int(self.limits.rendezvous),
-                "join_timeout": int(self.limits.rendezvous),
-                "is_host": node.index == 0,
-            },
-            local_addr=node.rendezvous.rpartition(":")[0] if node.nodes == 1 else None,
-            max_restarts=0,
-            monitor_interval=_TICK,
-            start_method="fork",
-            signals_to_handle="SIGHUP",
-            shutdown_timeout=max(1, int(self.limits.grace)),
-        )
-        arguments = (self.work, node, self.board, self.places, self.endings, self.stage)
+    def run(self, prepare: Callable[[], None]) -> None:
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
+        self._log.write("gang", stage=self._stage, attempt=self._node.attempt, node=self._node.index)
         try:
-            elastic_launch(config, run_rank)(*arguments)
-        except BaseException as error:  # told to the main thread
-            self._failure = error
+            self._guarded(self._peers.open)
+            if not self._own:
+                self._guarded(prepare)
+            if not self._own and self._gathered():
+                self._peers.form()
+                self._agent.start()
+                self._watch()
+            self._end_ranks()
+            error = self._conclude()
+        finally:
+            self._board.say(LEAVE)
+            self._ranks.kill(signal.SIGKILL)
+            self._peers.close()
+            self._closed.set()
+            self._agent.release(_LEAVE)
+        if error is not None:
+            self._log.write("gang-ended", stage=self._stage, attempt=self._node.attempt, code=error.exit_code)
+            raise error
 
-    def _watch(self, thread: threading.Thread) -> Ending | None:
-        """Until elastic is done, or something ends the gang: then that."""
-        begun = time.monotonic()
-        while thread.is_alive():
+    def _pulse(self) -> None:
+        while not self._closed.wait(_PULSE):
+            self._board.pulse()
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """A step before the ranks: its error is told to all nodes."""
+        try:
+            step()
+        except Interrupted:
+            self._stopping()
+        except DsqjobError as error:
+            self._own.append(Ending.of(error, host=self._host))
+        except OSError as error:
+            worded = in_words(error)
+            if worded is None:
+                raise
+            self._own.append(Ending.of(worded, host=self._host))
+
+    def _gathered(self) -> bool:
+        """Whether every node arrived."""
+        while missing := self._peers.missing:
+            if self._stopping() or self._others_ended():
+                return False
+            if time.monotonic() - self._begun > self._limits.rendezvous:
+                self._missing(missing)
+                return False
             time.sleep(_TICK)
-            if self.stop.signal is not None:
-                return self._interrupted(f"stopped by {self.stop.signal.name}")
-            if (elsewhere := self.peers.look()) is not None:
-                return elsewhere
-            signs = [self.board.read(local) for local in range(self.node.ranks)]
-            if not any(signs):
-                if time.monotonic() - begun > self.limits.rendezvous:
-                    return self._nobody()
-                continue
-            for local, sign in enumerate(signs):
-                if sign is not None and (found := self._judge(local, sign)) is not None:
-                    return found
-        return None
+        return not self._stopping() and not self._others_ended()
 
-    def _judge(self, local: int, sign: Sign) -> Ending | None:
-        """A rank that died, is silent, or takes too long."""
-        if (self.endings / f"rank{self._number(local)}.json").exists():
-            ending = Ending.read(self.endings / f"rank{self._number(local)}.json")
-            return ending if ending is not None and ending.code else None
-        now = time.monotonic()
-        if not _runs(sign.pid):
-            return self._died(local, sign, -_exit_signal(sign.pid))
-        if now - sign.alive > self.limits.silence:
-            what = f"no sign of life for {now - sign.alive:.0f} s"
-            return self._peer("rank-silent", local, sign, what, "stopped, or its machine is overloaded")
-        if now - sign.since > sign.limit:
-            what = f"no progress for {now - sign.since:.0f} s"
-            return self._peer("phase-timeout", local, sign, what, "see its log; calibrate.timeouts has the limits")
-        return None
-
-    def _died(self, local: int, sign: Sign, code: int = 0) -> Ending:
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}" if code else "without a word"
-        return self._peer(
-            "rank-died", local, sign, f"process {sign.pid} died: {how}",
-            "killed by somebody, or by the kernel for want of memory (dmesg); the same command resumes",
-        )  # fmt: skip
-
-    def _number(self, local: int) -> int:
-        return self.node.index * self.node.ranks + local
-
-    def _peer(self, id: str, local: int, sign: Sign, what: str, way_out: str) -> Ending:
-        number = self._number(local)
-        progress = " ".join(f"{name} {value}" for name, value in sign.progress.items())
-        where = f"{self.places.logs}/rank{number}.log" + (f" ({progress})" if progress else "")
-        return Ending(PeerError.exit_code, id, what, where, way_out, number, self.host, sign.phase)
-
-    def _interrupted(self, what: str) -> Ending:
-        self._asked = True
-        return Ending(Interrupted.exit_code, "interrupted", what, "", "run the same command again: it resumes")
-
-    def _nobody(self) -> Ending:
-        missing = ", ".join(str(index) for index in self.peers.missing()) or "none"
-        what = f"the rendezvous at {self.node.rendezvous} was not complete after {self.limits.rendezvous:.0f} s"
-        return Ending(
-            PeerError.exit_code, "node-missing", f"{what}; nodes that never came: {missing}", "",
-            "start a supervisor on each node, and check that they reach that address", host=self.host,
-        )  # fmt: skip
-
-    def _conclude(self, thread: threading.Thread, cause: Ending | None) -> Ending | None:
-        """End the ranks, collect how they ended, and decide."""
-        if cause is None and self._failure is None:
-            return None
-        died = self._died_in_elastic()
-        if cause is not None and cause.code == Interrupted.exit_code:
-            self._asked = True
-            self.peers.tell(cause)
-            self._stop_gently()
-        elif cause is not None:
-            self.peers.tell(cause)
-        self._kill(signal.SIGKILL)
-        thread.join(_LATE)
-        endings = [ending for path in sorted(self.endings.glob("rank*.json")) if (ending := Ending.read(path))]
-        endings += [one for one in (cause, died) if one is not None]
-        found = worst(endings, asked_to_stop=self._asked)
-        return found if found is not None else self._from_elastic()
-
-    def _died_in_elastic(self) -> Ending | None:
-        """The rank that elastic saw die first, if it left no word."""
-        if not isinstance(self._failure, ChildFailedError):
-            return None
-        failure = self._failure.get_first_failure()[1]
-        local = failure.local_rank
-        if (self.endings / f"rank{self._number(local)}.json").exists():
-            return None
-        return self._died(local, self.board.read(local) or Sign(failure.pid, 0, 0, 0, "start"), failure.exitcode)
-
-    def _from_elastic(self) -> Ending:
-        """No rank left a word, and none died."""
-        if isinstance(self._failure, RendezvousError | OSError):
-            return self._nobody()
-        what = f"{type(self._failure).__name__}: {self._failure}"
-        return Ending(70, "bug", f"the elastic agent failed: {what}", "", "report this", host=self.host)
-
-    def _stop_gently(self) -> None:
-        """Ask the ranks to stop, and give them the grace."""
-        self._kill(signal.SIGTERM)
-        deadline = time.monotonic() + self.limits.grace
-        while time.monotonic() < deadline and any(True for _ in self._living()):
+    def _watch(self) -> None:
+        """Until every rank ended, or those that did not had their time."""
+        deadline, word = math.inf, ASKED
+        while not self._ranks.over:
+            self._look()
+            now = time.monotonic()
+            if self._stopping():
+                if self._board.word < ASKED:
+                    self._board.say(ASKED)
+                    deadline = now + self._limits.grace
+                if not self._ranks.living():
+                    return
+            elif self._failing():
+                victims = all(end.victim for end in [*self._own, *self._ranks.bad])
+                deadline = min(deadline, now + (_SETTLE_VICTIMS if victims else _SETTLE))
+            if now > deadline:
+                if word == LEAVE or not self._asked:
+                    return
+                word, deadline = LEAVE, now + _LEAVE
+                self._board.say(LEAVE)
+                self._ranks.kill(signal.SIGTERM)
             time.sleep(_TICK)
 
-    def _living(self) -> Iterator[int]:
-        for local in range(self.node.ranks):
-            sign = self.board.read(local)
-            if sign is not None and _runs(sign.pid):
-                yield sign.pid
+    def _look(self) -> None:
+        for end in self._ranks.look():
+            self._log.write("rank-ended", rank=end.rank, code=end.code, id=end.id, what=end.what, phase=end.phase)
 
-    def _kill(self, number: signal.Signals) -> None:
-        for pid in self._living():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def _stopping(self) -> str:
+        """Which signal asked the gang to stop, and where."""
+        if not self._asked:
+            if self._stop.signal is not None:
+                self._asked = f"{self._stop.signal.name} on {self._host} (node {self._node.index})"
+            self._asked = self._asked or self._peers.asked
+            if self._asked:
+                self._asked_at = time.monotonic()
+                self._peers.announce(self._asked)
+                self._log.write("gang-stopping", stage=self._stage, signal=self._asked)
+        return self._asked
 
+    def _failing(self) -> bool:
+        """Whether the gang cannot end well any more."""
+        return bool(self._own or self._ranks.bad or self._others_ended() or self._cut_off() or self._agent_failed())
 
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (OSError, IndexError):
-        return False
+    def _others_ended(self) -> bool:
+        return any(not report.well for report in self._peers.reports.values()) or bool(self._peers.lost)
 
+    def _cut_off(self) -> bool:
+        if not (seconds := self._peers.cut_off):
+            return False
+        what = f"node {self._node.index} ({self._host}): the shared file system has not answered for {seconds:.0f} s"
+        self._fail("node-cut-off", what, str(self._places.shared), "look at the mount; the same command resumes")
+        return True
 
-def _exit_signal(pid: int) -> int:
-    """The signal that ended a process nobody has waited for yet; 0 where that is not to be seen."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[-1]) & 0x7F
-    except (OSError, ValueError, IndexError):
-        return 0
+    def _agent_failed(self) -> bool:
+        """Whether elastic gave up. What became of ranks is seen better by others, but for one without a first word."""
+        if not self._agent.over.is_set() or self._ranks.over:
+            return False
+        if (died := self._agent.died()) is not None:
+            self._ranks.died(*died)
+            return True
+        what = f"node {self._node.index} ({self._host}), rendezvous at {self._node.rendezvous}: {self._agent.reasons()}"
+        way_out = "check that this port of node 0 is free and reachable from every node, or name another one"
+        self._fail("rendezvous-failed", what, self._node.rendezvous, way_out, victim=self._ranks.begun)
+        return True
 
+    def _missing(self, nodes: list[int]) -> None:
+        what = f"node {', '.join(map(str, nodes))} did not arrive within {self._limits.rendezvous:g} s"
+        self._fail(
+            "node-missing",
+            f"{what} (here: node {self._node.index} on {self._host})",
+            str(self._places.shared),
+            "start a supervisor on each node, with the same --attempt, and check that all see this folder",
+        )
 
-def _prepare_environment() -> None:
-    """What an outer launcher says of ranks would confuse ours; looking at GPUs must not initialise CUDA before a
-    fork."""
-    for name in _FOREIGN:
-        os.environ.pop(name, None)
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    def _fail(self, id: str, what: str, where: str, way_out: str, *, victim: bool = False) -> None:
+        if not self._own:
+            error = PeerError(id, what, where=where, way_out=way_out)
+            self._own.append(Ending.of(error, host=self._host, victim=victim))
+
+    def _end_ranks(self) -> None:
+        """No process is left after this, unless the kernel itself cannot end it."""
+        self._look()
+        self._board.say(LEAVE)
+        deadline = time.monotonic() + _GONE
+        well = self._ranks.over and not self._ranks.bad
+        while (left := self._ranks.living()) and time.monotonic() < deadline:
+            if not well or time.monotonic() > deadline - _GONE / 2:
+                self._ranks.kill(signal.SIGKILL)
+            time.sleep(_TICK / 2)
+        if left:
+            self._log.write("rank-stuck", stage=self._stage, pids=left)
+        if self._ranks.unclear and self._agent.over.wait(_LEAVE) and (died := self._agent.died()) is not None:
+            self._ranks.clear(*died)
+
+    def _conclude(self) -> DsqjobError | None:
+        """Tell how this node's part ended, learn how the others' did, and end as all do."""
+        mine = self._report()
+        self._peers.publish(mine)
+        deadline = math.inf
+        while time.monotonic() < min(deadline, self._asked_at + self._limits.grace + _LEAVE + _WORD):
+            lingering = (
+                self._own
+                and self._peers.missing
+                and time.monotonic() < self._begun + min(_LINGER, self._limits.rendezvous)
+            )
+            if self._peers.told and not self._peers.awaited and (self._stopping() or not lingering):
+                break
+            if deadline == math.inf and (not mine.well or self._others_ended() or self._cut_off()):
+                deadline = time.monotonic() + self._limits.silence + self._limits.grace + _WORD
+            self._stopping()
+            time.sleep(_TICK)
+        mine = self._report()
+        return verdict([mine, *self._peers.reports.values()], self._lost())
+
+    def _report(self) -> Report:
+        well = self._ranks.over and not self._ranks.bad and not self._own
+        return Report(self._asked, (*self._own, *self._ranks.bad), well)
+
+    def _lost(self) -> list[Ending]:
+        """Ends of nodes that could not say so themselves."""
+        endings = []
+        for index, known in self._peers.lost.items():
+            host = self._peers.hosts[index]
+            what = f"node {index} ({host}) {known}: its supervisor or machine died"
+            error = PeerError("node-silent", what, where=host, way_out="look at that machine; the same command resumes")
+            endings.append(Ending.of(error, host=host))
+        return endings

@@ -56,11 +56,12 @@ def run_worker(stage_name: str, index: int, count: int, job: Job, *, run: str = 
 def run_node(stage_name: str, index: int, rendezvous: str, attempt: str, job: Job, *, run: str = "") -> None:
     """Supervise this node's ranks of a gang until the stage is done. Raises a DsqjobError, the same on every node."""
     os.environ.setdefault("OMP_NUM_THREADS", str(job.calibrate.threads))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: it traces every lost connection
     inputs = Inputs(job)
     inputs.workspace.prepare()
     me = whoami(run)
     log = EventLog(inputs.workspace.events, worker=f"{stage_name}-node{index}", host=me["host"], run=run)
-    stop = StopRequest(grace=None)
+    stop = StopRequest()  # until ``supervise`` gives its ranks more time
     with stop.listening():
         try:
             stage = build(stage_name, inputs)

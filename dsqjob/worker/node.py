@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from dsqjob.engine.claims import STALE_AFTER, Claim, Claims
 from dsqjob.engine.events import EventLog
@@ -16,7 +17,9 @@ from dsqjob.errors import DsqjobError, UsageError
 from dsqjob.gang.node import Limits, Node, Places
 from dsqjob.gang.preflight import probe_storage
 from dsqjob.gang.supervisor import supervise
+from dsqjob.worker import private_cache
 
+_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TILELANG_CACHE_DIR": "tilelang"}
 _LEAST_FREE = 64 << 20
 """Bytes that a gang's small files may take."""
 
@@ -32,22 +35,37 @@ def supervise_stage(
     if state.compare() and not state.missing() and not stage.wanted():
         return
     stage.check()
+    stop.check()
+    _private_caches()
     node = Node(index, stage.nodes, stage.ranks_per_node, rendezvous, attempt, workspace.identity())
     limits = Limits(rendezvous=stage.rendezvous_seconds, silence=stage.silence_seconds)
     places = Places(workspace.gang(stage.name, attempt), workspace.logs / f"{stage.name}-ranks", workspace.events)
+    with ExitStack() as held:
+
+        def prepare() -> None:
+            places.shared.mkdir(parents=True, exist_ok=True)
+            probe_storage(places.shared, _LEAST_FREE)
+            if index == 0:
+                state.begin()
+                probe_storage(stage.folder, _LEAST_FREE)
+                held.enter_context(_holding(state, stop))
+
+        supervise(stage.work(), node, limits, places, log=log, stop=stop, stage=stage.name, prepare=prepare)
     if index:
-        supervise(stage.work(), node, limits, places, log=log, stop=stop, stage=stage.name)
         return
-    state.begin()
-    probe_storage(stage.folder, _LEAST_FREE)
-    with _holding(state, stop):
-        supervise(stage.work(), node, limits, places, log=log, stop=stop, stage=stage.name)
     state.sweep_all()
     stage.settle()
     try:
         stage.look_back()
     except DsqjobError as error:
         print(f"{error}\n  (the stage itself is done)", file=sys.stderr)
+
+
+def _private_caches() -> None:
+    """What ranks compile lies on this node's own disk, not in a home on a file server."""
+    folder = private_cache()
+    for variable, name in _CACHES.items() if folder is not None else ():
+        os.environ.setdefault(variable, f"{folder}/{name}")
 
 
 @contextmanager
