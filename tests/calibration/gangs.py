@@ -102,7 +102,7 @@ def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
 def amax_of(folder: Path) -> dict[str, bytes]:
     """Every file of a job's amax folder, hidden ones too, but the mark of its owner."""
     files = sorted((folder / "work" / "amax").iterdir())
-    assert not [path for path in folder.rglob("*.partial-*")]
+    assert not list(folder.rglob("*.partial-*"))
     return {path.name: path.read_bytes() for path in files if path.name != ".dsqjob-owner"}
 
 

@@ -31,9 +31,7 @@ def done(job: Path) -> list[str]:
     return [event["unit"] for event in seen(job.parent, "unit-done", stage="calibrate")]
 
 
-@pytest.mark.parametrize(
-    ("number", "node"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR2, 0)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("number", "node"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR2, 0)], ids=str)
 def test_a_signal_ends_both_nodes_with_75_and_only_the_rest_runs_again(
     warm: Warm, job: Path, calm: Path, number: signal.Signals, node: int
 ) -> None:
