@@ -6,6 +6,7 @@ forked the ranks and is kept until they are gone, since PR_SET_PDEATHSIG fires w
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -31,16 +32,18 @@ _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 class Agent:
     """Starts ``entry(*arguments)`` in every rank of this node, forked from this process."""
 
-    def __init__(self, entry: Callable[..., None], arguments: tuple[Any, ...], node: Node, timeout: float) -> None:
-        self._entry, self._arguments, self._node = entry, arguments, node
+    def __init__(self, entry: Callable[..., None], node: Node, timeout: float) -> None:
+        self._entry, self._node = entry, node
+        self._arguments: tuple[Any, ...] = ()
         self._seconds = max(1, math.ceil(timeout))
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._run, name="elastic", daemon=True)
         self.over = threading.Event()
         self.error: BaseException | None = None
 
-    def start(self) -> None:
+    def start(self, *arguments: Any) -> None:
         """From now on, ranks may appear."""
+        self._arguments = arguments
         _prepare_environment()
         self._thread.start()
 
@@ -95,8 +98,14 @@ class Agent:
             local_addr=_address_towards(*self._node.address),
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
             signals_to_handle="SIGHUP",
-            shutdown_timeout=_NEVER,
+            **_if_known(shutdown_timeout=_NEVER),
         )
+
+
+def _if_known(**settings: Any) -> dict[str, Any]:
+    """Settings that older releases of torch do not have (2.11 waits its 30 s where 2.13 can be told)."""
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def _address_towards(host: str, port: int) -> str:

@@ -39,7 +39,7 @@ class Peers:
 
     def __init__(self, folder: Path, node: Node, host: str, limits: Limits) -> None:
         self._folder, self._node, self._silence = folder, node, limits.silence
-        self._poll, self._touch = min(1.0, limits.silence / 6), min(3.0, limits.silence / 6)
+        self._poll, self._touch = min(1.0, limits.silence / 10), min(3.0, limits.silence / 10)
         self._others = [index for index in range(node.nodes) if index != node.index]
         self._token, self._host = unique_token(), host
         self._said: dict[str, Any] = {"asked": "", "report": None}

@@ -2,7 +2,7 @@
 
 Elastic starts, joins and numbers processes; it does not tell why one ended, waits long for ranks that cannot end, and
 hears signals that are ours. So ranks leave their last words in memory, the supervisor watches that memory and the other
-nodes' files, and elastic runs in a thread. The main thread waits for nothing that may not answer.
+nodes' files, and elastic runs in a thread.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from dsqjob.gang.peers import Peers
 from dsqjob.gang.rank import Rank
 from dsqjob.gang.watch import Ranks
 
+Work = Callable[[Rank], None]
 _TICK = 0.1
 _PULSE = 0.5
 _SETTLE = 1.0
 _SETTLE_VICTIMS = 2.0
 """Seconds for the other ranks to say how they end, after the first bad end. Victims often end before the culprit has:
 the kernel closes a dying process's sockets before it tells of its death."""
+_BRIEF = 2.0
+"""Seconds for ranks that have not yet met to stop: they wait for each other, and have nothing to lose."""
 _LEAVE = 1.0
 _GONE = 5.0
 _WORD = 4.0
@@ -43,7 +46,7 @@ _HARD = 10.0
 
 
 def supervise(
-    work: Callable[[Rank], None],
+    prepare: Callable[[], Work],
     node: Node,
     limits: Limits,
     places: Places,
@@ -51,23 +54,21 @@ def supervise(
     log: EventLog,
     stop: StopRequest,
     stage: str = "",
-    prepare: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``prepare`` here and then ``work`` in every rank; return when the ranks of all nodes ended well.
+    """Call ``prepare`` here, and the work that it makes in every rank; return when the ranks of all nodes ended well.
 
-    Raises the error that the gang ended with, of the same exit code on every node: what ``prepare`` or ranks raised;
+    Raises the error that the gang ended with, of the same exit code on every node: what ``prepare`` or a rank raised;
     PeerError ``rank-died``, ``rank-silent``, ``phase-timeout``, ``node-missing``, ``node-silent``, ``node-cut-off``,
     ``rendezvous-failed``, ``collective-failed``; Interrupted when ``stop`` was asked here or elsewhere. No rank is left
     when this returns. Where the process hangs, ``stop`` ends it some seconds after its ranks' grace.
     """
     stop.grace = limits.grace + _HARD
-    _Supervisor(work, node, limits, places, log, stop, stage).run(prepare)
+    _Supervisor(node, limits, places, log, stop, stage).run(prepare)
 
 
 class _Supervisor:
     def __init__(
         self,
-        work: Callable[[Rank], None],
         node: Node,
         limits: Limits,
         places: Places,
@@ -81,23 +82,25 @@ class _Supervisor:
         self._board = Board(node.ranks)
         self._peers = Peers(places.shared, node, self._host, limits)
         self._ranks = Ranks(node, limits, self._board, places.logs, self._host)
-        arguments = (work, node, limits, self._board, places, stage, os.getpid())
-        self._agent = Agent(run_rank, arguments, node, max(_MEET, limits.rendezvous))
+        self._meet = max(_MEET, limits.rendezvous)
+        self._agent = Agent(run_rank, node, self._meet)
         self._asked, self._asked_at = "", math.inf
         self._own: list[Ending] = []
         """Ends of this node that are no rank's."""
         self._closed = threading.Event()
 
-    def run(self, prepare: Callable[[], None]) -> None:
+    def run(self, prepare: Callable[[], Work]) -> None:
+        made: list[Work] = []
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         self._log.write("gang", stage=self._stage, attempt=self._node.attempt, node=self._node.index)
         try:
             self._guarded(self._peers.open)
-            if not self._own:
-                self._guarded(prepare)
+            if not self._own and not self._stopping():
+                self._guarded(lambda: made.append(prepare()))
             if not self._own and self._gathered():
                 self._peers.form()
-                self._agent.start()
+                self._ranks.expect(self._meet)
+                self._agent.start(*made, self._node, self._limits, self._board, self._places, self._stage, os.getpid())
                 self._watch()
             self._end_ranks()
             error = self._conclude()
@@ -119,10 +122,9 @@ class _Supervisor:
         """A step before the ranks: its error is told to all nodes."""
         try:
             step()
-        except Interrupted:
-            self._stopping()
         except DsqjobError as error:
-            self._own.append(Ending.of(error, host=self._host))
+            if not (self._stopping() and isinstance(error, Interrupted)):
+                self._own.append(Ending.of(error, host=self._host))
         except OSError as error:
             worded = in_words(error)
             if worded is None:
@@ -149,7 +151,7 @@ class _Supervisor:
             if self._stopping():
                 if self._board.word < ASKED:
                     self._board.say(ASKED)
-                    deadline = now + self._limits.grace
+                    deadline = now + (self._limits.grace if self._ranks.working else min(_BRIEF, self._limits.grace))
                 if not self._ranks.living():
                     return
             elif self._failing():

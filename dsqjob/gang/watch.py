@@ -15,6 +15,8 @@ from dsqjob.gang.node import Limits, Node
 
 _HICCUP = 2.0
 """Seconds between two looks after which the supervisor takes it that it was stopped itself."""
+_FORKING = 2.0
+"""Seconds from a rank's first word until all others of its node are forked as well."""
 UNKNOWN = "its exit status was lost"
 
 
@@ -25,13 +27,23 @@ class Ranks:
         self._node, self._limits, self._board, self._logs, self._host = node, limits, board, logs, host
         self._strangers = set(_children())
         self._looked = self._floor = time.monotonic()
+        self._due = self._gone = float("inf")
         self.ends: dict[int, Ending] = {}
         """By local rank, as they come."""
+
+    def expect(self, seconds: float) -> None:
+        """Every rank is to have its first word within ``seconds``, or soon after the first one's."""
+        self._due = time.monotonic() + seconds + self._limits.silence
 
     @property
     def begun(self) -> bool:
         """Whether a rank has begun."""
         return any(self._board.read(local).pid for local in range(self._node.ranks))
+
+    @property
+    def working(self) -> bool:
+        """Whether a rank is past its start."""
+        return any(self._board.read(local).phase != "start" for local in range(self._node.ranks))
 
     @property
     def over(self) -> bool:
@@ -49,6 +61,9 @@ class Ranks:
         if now - self._looked > _HICCUP:
             self._floor = now
         self._looked = now
+        if self.begun:
+            self._due = min(self._due, now + self._limits.silence)
+            self._gone = min(self._gone, now + _FORKING) if self._nobody_is_coming() else float("inf")
         news = []
         for local in range(self._node.ranks):
             if local not in self.ends and (end := self._end(local, now)) is not None:
@@ -81,6 +96,11 @@ class Ranks:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def _nobody_is_coming(self) -> bool:
+        """Whether ranks lack their first word, and no process is left that could have it."""
+        known = {self._board.read(local).pid for local in range(self._node.ranks)}
+        return 0 in known and not set(self.living()) - known
+
     def _end(self, local: int, now: float) -> Ending | None:
         how = _how_it_ended(self._board.read(local).pid)
         if (said := self._board.ended(local)) is not None:
@@ -89,7 +109,7 @@ class Ranks:
         if how:
             return self._died(local, sign, how)
         if not sign.pid:
-            return None
+            return self._wordless(local, sign, now)
         if (age := now - max(sign.alive, self._floor)) > self._limits.silence:
             what = f"no sign of life for {age:.0f} s"
             return self._peer("rank-silent", local, sign, what, "stopped, or its machine is overloaded")
@@ -101,11 +121,19 @@ class Ranks:
             return self._peer("phase-timeout", local, sign, what, way_out)
         return None
 
+    def _wordless(self, local: int, sign: Sign, now: float) -> Ending | None:
+        if now > self._gone:
+            return self._died(local, sign, UNKNOWN)
+        if now <= max(self._due, self._floor):
+            return None
+        return self._peer("rank-silent", local, sign, "never had a first word", "look at its GPU (nvidia-smi, dmesg)")
+
     def _died(self, local: int, sign: Sign, how: str) -> Ending:
         way_out = "killed by somebody, or by the kernel for want of memory (dmesg); the same command resumes"
         # NCCL's watchdog aborts ranks whose peers are gone
         victim = "SIGABRT" in how and self._node.size > 1
-        return self._peer("rank-died", local, sign, f"process {sign.pid} died: {how}", way_out, victim=victim)
+        what = f"process {sign.pid or 'without a first word'} died: {how}"
+        return self._peer("rank-died", local, sign, what, way_out, victim=victim)
 
     def _peer(self, id: str, local: int, sign: Sign, what: str, way_out: str, *, victim: bool = False) -> Ending:
         number = self._node.rank(local)

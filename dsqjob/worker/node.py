@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from dsqjob.engine.claims import STALE_AFTER, Claim, Claims
 from dsqjob.engine.events import EventLog
@@ -42,15 +43,16 @@ def supervise_stage(
     places = Places(workspace.gang(stage.name, attempt), workspace.logs / f"{stage.name}-ranks", workspace.events)
     with ExitStack() as held:
 
-        def prepare() -> None:
+        def prepare() -> Callable[[Any], None]:
             places.shared.mkdir(parents=True, exist_ok=True)
             probe_storage(places.shared, _LEAST_FREE)
             if index == 0:
                 state.begin()
                 probe_storage(stage.folder, _LEAST_FREE)
                 held.enter_context(_holding(state, stop))
+            return stage.work()
 
-        supervise(stage.work(), node, limits, places, log=log, stop=stop, stage=stage.name, prepare=prepare)
+        supervise(prepare, node, limits, places, log=log, stop=stop, stage=stage.name)
     if index:
         return
     state.sweep_all()

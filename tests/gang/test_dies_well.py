@@ -54,6 +54,21 @@ def test_rank_stopped(gang: Make) -> None:
         assert "in phase load: no sign of life for" in line
 
 
+def test_rank_without_a_first_word(gang: Make) -> None:
+    """Stopped before it is a rank, as by a broken GPU; or dead before."""
+    made = gang("load", 1, 2, wordless=1, limits={"silence": 2.0}).start()
+    (line,) = made.ends(69, within=SOON)
+    assert line.startswith("[rank-silent] rank 1 on "), line
+    made = gang("load", 1, 2, wordless=1).start()
+    wait_until(lambda: len(made.supervisors[0].children()) == 2, 10)
+    wait_until((made.folder / "pid-0").exists, 10)
+    (wordless,) = set(made.supervisors[0].children()) - {made.pid(0)}
+    os.kill(wordless, signal.SIGKILL)
+    (line,) = made.ends(69, within=SOON)
+    assert line.startswith("[rank-died] rank 1 on "), line
+    assert line.endswith("killed by SIGKILL")
+
+
 def test_rank_hangs(gang: Make) -> None:
     """Past the limit of its phase; its log tells where. Who waits for it in a collective is as late as it is."""
     made = gang("hang", 2, 1, culprit=1, limit=2.0).start().ready()

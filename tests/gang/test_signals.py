@@ -63,13 +63,16 @@ def test_signal_while_a_node_is_awaited(gang: Make) -> None:
     made.ends(75, within=5)
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.3, 0.6, 0.9, 1.2, 1.6, 2.0])
-def test_signal_at_any_instant(gang: Make, delay: float) -> None:
-    """While nodes gather, elastic joins them, ranks are forked and meet."""
-    made = gang("reduce", 2, 1).start()
-    time.sleep(delay)
-    made.signal(0, signal.SIGTERM)
-    made.ends(75, within=SOON)
+def test_signal_at_any_instant(gang: Make) -> None:
+    """While nodes gather, elastic joins them, ranks are forked and meet: within seconds, whatever the grace."""
+    delays = [0.05, 0.4, 0.7, 1.0, 1.3, 1.6, 2.0, 2.5]
+    made = [gang("reduce", 2, 1, limits={"grace": 20.0}) for _ in delays]
+    for one, delay in zip(made, delays, strict=True):
+        one.start()
+        time.sleep(delay)
+        one.signal(0, signal.SIGTERM)
+    for one in made:
+        one.ends(75, within=SOON)
 
 
 def test_signal_and_the_other_supervisor_is_gone(gang: Make) -> None:
@@ -80,8 +83,8 @@ def test_signal_and_the_other_supervisor_is_gone(gang: Make) -> None:
 
 
 def test_supervisor_that_hangs(gang: Make) -> None:
-    """A supervisor whose main thread hangs leaves, with its ranks, ten seconds after their grace."""
+    """A supervisor whose main thread hangs leaves, with its ranks, some seconds after their grace."""
     made = gang("load", 1, 2, limits={"grace": 0.5}, hang_main=0).start().ready()
     wait_until((made.folder / "hung").exists, 10)
     made.signal(0, signal.SIGTERM)
-    made.ends(75, within=12.5)
+    made.ends(75, within=6)

@@ -169,18 +169,19 @@ def supervisor(what: str, folder: str, node: dict[str, Any], limits: dict[str, A
     places = Places(shared, Path(folder, "logs", place.job), Path(folder, "events"))
     log = EventLog(places.events, worker=f"node{place.index}", host=socket.gethostname())
     stop = StopRequest()
-    work = Work(what, folder, options)
 
-    def prepare() -> None:
+    def prepare() -> Work:
         if "probe" in options and place.index == options["culprit"]:
             probe_storage(Path(options["probe"]), options.get("need", 0))
-        time.sleep(options.get("prepare", 0))
+        return Work(what, folder, options)
 
     with stop.listening():
         try:
+            if "wordless" in options:
+                _wordless(options["wordless"])
             if options.get("hang_main") == place.index:
                 _hang_main_after(Path(folder))
-            supervise(work, place, Limits(**limits), places, log=log, stop=stop, stage="calibrate", prepare=prepare)
+            supervise(prepare, place, Limits(**limits), places, log=log, stop=stop, stage="calibrate")
         except DsqjobError as error:
             print(error, file=sys.stderr, flush=True)
             os._exit(error.exit_code)
@@ -191,6 +192,7 @@ def _hang_main_after(folder: Path) -> None:
     """Once the ranks are ready, the supervisor's main thread sleeps for ever, as in an fsync that does not return."""
     from dsqjob.gang import supervisor as module
 
+    module._HARD = 3.0
     real = module._Supervisor._look
 
     def look(self: Any) -> None:
@@ -201,3 +203,17 @@ def _hang_main_after(folder: Path) -> None:
                 time.sleep(1)
 
     module._Supervisor._look = look  # type: ignore[method-assign]
+
+
+def _wordless(culprit: int) -> None:
+    """A rank that hangs before its first word, as in the initialisation of a broken GPU."""
+    from dsqjob.gang import entry
+
+    real = entry.Board.hello
+
+    def hello(self: Any, local: int, pid: int) -> None:
+        if int(os.environ["RANK"]) == culprit:
+            time.sleep(1000)
+        real(self, local, pid)
+
+    entry.Board.hello = hello  # type: ignore[method-assign]
