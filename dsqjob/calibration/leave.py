@@ -38,16 +38,6 @@ class RankResult:
         return [layer[0].rpartition(".")[0] for layer in self.experts]
 
 
-def history_of(snapshots: Sequence[Snapshot], batch_tokens: Sequence[int]) -> History:
-    """Coverage and growth over all ranks, whose experts follow each other."""
-    return History(
-        np.concatenate([one.tokens for one in snapshots], axis=1),
-        np.sum([one.grown for one in snapshots], axis=0, dtype=np.int32),
-        np.sum([one.reached for one in snapshots], axis=0, dtype=np.int32),
-        np.array(batch_tokens, np.int64),
-    )
-
-
 def leave(
     results: Sequence[RankResult], history: History, folder: Path, about: Mapping[str, str], token: str
 ) -> tuple[Output, ...]:

@@ -6,6 +6,7 @@ as well, a rank keeps the snapshot before its last batch, too: ranks are never f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsqjob.calibration.coverage import History
 from dsqjob.checkpoint.header import Header, TensorSpec, encode, read_header
 from dsqjob.engine.publish import publish_bytes
 from dsqjob.errors import DataError
@@ -50,6 +52,16 @@ def empty_snapshot(layers: int, experts: int, kinds: int) -> Snapshot:
     none = np.zeros((0, layers), np.int32)
     return Snapshot(
         0, np.zeros((layers, experts, kinds), np.float32), np.zeros((layers, experts), np.int64), none, none.copy()
+    )
+
+
+def history_of(snapshots: Sequence[Snapshot], batch_tokens: Sequence[int]) -> History:
+    """Coverage and growth over all ranks, whose experts follow each other."""
+    return History(
+        np.concatenate([one.tokens for one in snapshots], axis=1),
+        np.sum([one.grown for one in snapshots], axis=0, dtype=np.int32),
+        np.sum([one.reached for one in snapshots], axis=0, dtype=np.int32),
+        np.array(batch_tokens, np.int64),
     )
 
 

@@ -1,4 +1,4 @@
-"""What each rank of a calibrating gang does, from joining to the files; and the look back afterwards."""
+"""What each rank of a calibrating gang does, from joining to the files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import numpy as np
 import torch
 
 from dsqjob import __version__
-from dsqjob.calibration import pictures
 from dsqjob.calibration.coverage import summary_lines
+from dsqjob.calibration.devices import claim_device
 from dsqjob.calibration.dummy import make_up
 from dsqjob.calibration.fill import fill, parameters_of
 from dsqjob.calibration.generate import continue_prompt
-from dsqjob.calibration.leave import RankResult, history_of, leave
+from dsqjob.calibration.leave import RankResult, leave
+from dsqjob.calibration.looking_back import batch_tokens, rank_state
 from dsqjob.calibration.memory import out_of_memory_in_words, refuse_full_device
 from dsqjob.calibration.resident import measure
-from dsqjob.calibration.snapshot import RankState, Snapshot, empty_snapshot
+from dsqjob.calibration.snapshot import Snapshot, empty_snapshot, history_of
 from dsqjob.calibration.together import broadcast, gather
 from dsqjob.calibration.vendor import build_model, import_code, model_args
 from dsqjob.calibration.wiring import wiring_class
@@ -28,7 +29,7 @@ from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.claims import Claims
 from dsqjob.engine.stage import Done, StageState
 from dsqjob.engine.workspace import unique_token
-from dsqjob.errors import BugError, UsageError
+from dsqjob.errors import BugError
 from dsqjob.gang.preflight import agree
 from dsqjob.gang.rank import Rank
 from dsqjob.stages.calibrate import AMAX, Calibrate
@@ -37,7 +38,7 @@ _PREFLIGHT = 60.0
 
 
 class CalibrationWork:
-    """Made once a node, before its ranks are forked: they inherit headers, plan and tokens."""
+    """Made in each rank, from what the node's supervisor read once: headers, plan and tokens."""
 
     def __init__(self, stage: Calibrate) -> None:
         self.stage, self.job = stage, stage.job
@@ -51,7 +52,7 @@ class CalibrationWork:
         limits = self.job.calibrate.timeouts
         torch.set_num_threads(self.job.calibrate.threads)
         rank.phase("start", limits.rendezvous)
-        device = self._device(rank)
+        device = claim_device(self.job.device, rank.index, rank.local)
         rank.join("nccl" if device.type == "cuda" else "gloo", device if device.type == "cuda" else None)
         holder = Claims(self.state.workspace.claims(self.stage.name)).holder(AMAX) if rank.index == 0 else None
         self.token = broadcast(str((holder or {}).get("token", unique_token())))
@@ -71,23 +72,6 @@ class CalibrationWork:
                 rank.phase("generate", limits.batch)
                 self._generate(rank, wiring)
         rank.leave()
-
-    def _device(self, rank: Rank) -> torch.device:
-        kind = self.job.device
-        if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "cpu"
-        if kind == "cpu":
-            return torch.device("cpu")
-        count = torch.cuda.device_count()
-        if rank.local >= count:
-            raise UsageError(
-                "gpu-missing",
-                f"this node has {count} GPUs, rank {rank.index} is its number {rank.local}",
-                where="parallel.gpus_per_node",
-                way_out="ask for that many GPUs a node, or change nodes and gpus_per_node",
-            )
-        torch.cuda.set_device(rank.local)
-        return torch.device("cuda", rank.local)
 
     def _preflight(self, rank: Rank, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -126,23 +110,15 @@ class CalibrationWork:
         wiring.register(module)
         return wiring(model, args)
 
-    def states(self, rank: int) -> dict[int, Snapshot]:
-        """What a rank has published, by cursor."""
-        return self._rank_state(rank).load()
-
-    def _rank_state(self, rank: int) -> RankState:
-        path = self.stage.inputs.workspace.ranks(self.stage.name) / f"rank{rank}-mp{self.stage.n}.safetensors"
-        return RankState(path, {"fingerprint": self.fingerprint, "driver": "resident", "rank": str(rank)})
-
     def _begin(self, rank: Rank, wiring: Wiring) -> Snapshot:
         """The newest snapshot that every rank has."""
         layers, experts = wiring.shape
-        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **self.states(rank.index)}
+        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **rank_state(self.stage, rank.index).load()}
         return mine[max(set.intersection(*gather(set(mine))))]
 
     def _measure(self, rank: Rank, wiring: Wiring) -> Snapshot:
         begin, batches, name = self._begin(rank, wiring), self.batches, self.stage.name
-        state, log = self._rank_state(rank.index), rank.log
+        state, log = rank_state(self.stage, rank.index), rank.log
         tokens = sum(batch.numel() for batch in batches)
         if rank.index == 0:
             log.write(
@@ -180,7 +156,7 @@ class CalibrationWork:
         if rank.index or self.state.record(unit) is not None:
             return
         begun = time.monotonic()
-        history = history_of([one.snapshot for one in results], [batch.numel() for batch in self.batches])
+        history = history_of([one.snapshot for one in results], batch_tokens(self.stage))
         outputs = leave(results, history, stage.folder, self._about(wiring), self.token)
         counts = {"batches": snapshot.cursor, "lines": summary_lines(history, results[0].containers)}
         self.state.write_record(
@@ -217,15 +193,6 @@ class CalibrationWork:
         ids = continue_prompt(wiring.model, self.stage.prompt, count, wiring.device, tick)
         if rank.index == 0:
             self.stage.write_generated(ids)
-
-
-def draw_pictures(stage: Calibrate) -> None:
-    """Coverage and convergence into the workspace's reports. UsageError ``plot-missing``."""
-    work, folder, token = CalibrationWork(stage), stage.inputs.workspace.reports, unique_token()
-    newest = [max(work.states(rank).items())[1] for rank in range(stage.n)]
-    history = history_of(newest, [batch.numel() for batch in work.batches])
-    pictures.draw_coverage(history, folder / "coverage.svg", token)
-    pictures.draw_convergence(history, folder / "convergence.svg", token)
 
 
 def _batch_id(number: int) -> str:

@@ -145,6 +145,9 @@ class DeepSeekV4(Family):
                     way_out="take a power of two that divides them all",
                 )
 
+    def containers(self, release: Release) -> Sequence[str]:
+        return [f"layers.{layer}.ffn.experts" for layer in range(geometry(release).layers)]
+
     def check_tokens(self, release: Release, ids: NDArray[np.int64], where: str) -> None:
         vocab, longest = geometry(release).vocab, release.config.get("max_position_embeddings")
         outside = np.argwhere((ids < 0) | (ids >= vocab))

@@ -43,6 +43,10 @@ class Family(ABC):
         """Refuse a model-parallel degree that does not divide (UsageError ``model-parallel-divide``)."""
 
     @abstractmethod
+    def containers(self, release: Release) -> Sequence[str]:
+        """Names of the lists of routed experts, such as ``layers.7.ffn.experts``, in order."""
+
+    @abstractmethod
     def check_tokens(self, release: Release, ids: NDArray[np.int64], where: str) -> None:
         """Refuse token ids [N, S] that the model has not (DataError ``token-id``), and samples longer than it can
         take (UsageError ``sequence-too-long``)."""

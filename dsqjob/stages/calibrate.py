@@ -26,6 +26,7 @@ PAPERS = ("quantized_layers_manifest.json", ".quant_summary.txt", "coverage.json
 """What is left beside the amax: two files as the reference writes them, two of our own."""
 PICTURES = ("coverage.svg", "convergence.svg")
 _GIB = 1 << 30
+_WORK = "dsqjob.calibration.work"
 
 
 def rank_file(rank: int, n: int) -> str:
@@ -168,11 +169,17 @@ class Calibrate(GangStage):
         publish_json(self._generated, {**self._question(), "ids": ids, "text": text}, unique_token())
 
     def work(self) -> Callable[[Any], None]:
-        made: Callable[[Any], None] = import_module("dsqjob.calibration.work").CalibrationWork(self)
-        return made
+        self.inputs.release, self.fingerprint, self.prompt  # noqa: B018 (read once a node, before the fork)
+        if import_module("dsqjob.calibration.devices").device_kind(self.job.device) == "cpu":
+            import_module(_WORK)  # so that ranks find it imported; with GPUs that would initialise CUDA before the fork
+
+        def in_rank(rank: Any) -> None:
+            import_module(_WORK).CalibrationWork(self)(rank)
+
+        return in_rank
 
     def look_back(self) -> None:
-        import_module("dsqjob.calibration.work").draw_pictures(self)
+        import_module("dsqjob.calibration.looking_back").draw_pictures(self)
 
     def describe(self) -> Sequence[str]:
         job = self.job
