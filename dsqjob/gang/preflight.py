@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -11,9 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dsqjob.engine.execute import TRANSIENT_ERRORS
 from dsqjob.engine.publish import create_exclusively
 from dsqjob.engine.workspace import unique_token
-from dsqjob.errors import PeerError, StorageError, UsageError
+from dsqjob.errors import DsqjobError, PeerError, StorageError, UsageError
 from dsqjob.gang.rank import Rank
 
 _LEAST_INODES = 1000
@@ -23,7 +25,7 @@ _ELEMENTS = 1 << 18
 def probe_storage(folder: Path, need: int) -> None:
     """Write, rename and claim in ``folder`` as the work will, with ``need`` bytes and some inodes free.
 
-    UsageError ``workspace-probe`` naming host and folder; StorageError ``storage-full``.
+    UsageError ``workspace-probe``, StorageError ``storage-full``, ``storage-fault``; they name host and folder.
     """
     host, name = socket.gethostname(), f".probe-{unique_token()}"
     first, second = folder / name, folder / f"{name}.renamed"
@@ -35,13 +37,8 @@ def probe_storage(folder: Path, need: int) -> None:
         )
         first.unlink()
         second.unlink()
-    except PermissionError as error:
-        raise UsageError(
-            "workspace-probe",
-            f"{host} cannot write there: {error.strerror}",
-            where=folder,
-            way_out="mount the same file system on all nodes, writable for this user",
-        ) from None
+    except OSError as error:
+        raise _refused(error, host, folder) from None
     if not exclusive:
         raise UsageError(
             "workspace-probe",
@@ -57,6 +54,23 @@ def probe_storage(folder: Path, need: int) -> None:
             where=folder,
             way_out="free space; the same command resumes",
         )
+
+
+def _refused(error: OSError, host: str, folder: Path) -> DsqjobError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or error.errno in TRANSIENT_ERRORS:
+        return StorageError(
+            "storage-full" if full else "storage-fault",
+            f"{host} cannot write there: {error.strerror}",
+            where=folder,
+            way_out=("free space" if full else "check the file system") + "; the same command resumes",
+        )
+    return UsageError(
+        "workspace-probe",
+        f"{host} cannot write there: {error.strerror}",
+        where=folder,
+        way_out="mount the same file system on all nodes, writable for this user",
+    )
 
 
 def agree(rank: Rank, facts: Mapping[str, str], device: torch.device) -> None:

@@ -25,7 +25,7 @@ class Ranks:
 
     def __init__(self, node: Node, limits: Limits, board: Board, logs: Path, host: str) -> None:
         self._node, self._limits, self._board, self._logs, self._host = node, limits, board, logs, host
-        self._strangers = set(_children())
+        self._strangers: set[int] | None = None
         self._looked = self._floor = time.monotonic()
         self._due = self._gone = float("inf")
         self.ends: dict[int, Ending] = {}
@@ -33,6 +33,7 @@ class Ranks:
 
     def expect(self, seconds: float) -> None:
         """Every rank is to have its first word within ``seconds``, or soon after the first one's."""
+        self._strangers = set(_children())
         self._due = time.monotonic() + seconds + self._limits.silence
 
     @property
@@ -88,6 +89,8 @@ class Ranks:
 
     def living(self) -> list[int]:
         """Processes that this one started for the gang, whether they had their first word or not."""
+        if self._strangers is None:
+            return []
         return [pid for pid in _children() if pid not in self._strangers]
 
     def kill(self, number: signal.Signals) -> None:

@@ -69,6 +69,13 @@ def test_rank_without_a_first_word(gang: Make) -> None:
     assert line.endswith("killed by SIGKILL")
 
 
+def test_rank_that_leaves_without_a_word(gang: Make) -> None:
+    """Even with exit code 0."""
+    (line,) = gang("leave_silently", 1, 1).start().ends(69, within=SOON)
+    assert line.startswith("[rank-died] rank 0 on ")
+    assert line.endswith("left with exit code 0 and without a word")
+
+
 def test_rank_hangs(gang: Make) -> None:
     """Past the limit of its phase; its log tells where. Who waits for it in a collective is as late as it is."""
     made = gang("hang", 2, 1, culprit=1, limit=2.0).start().ready()

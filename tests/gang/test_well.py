@@ -38,6 +38,10 @@ def test_a_node_that_ended_well_waits_for_the_others(gang: Make) -> None:
     assert made.ends(0, within=25) == ["well", "well"]
 
 
+def test_a_thread_that_is_left_behind(gang: Make) -> None:
+    gang("leave_a_thread", 2, 1).start().ends(0, within=20)
+
+
 def test_two_gangs_at_once(gang: Make) -> None:
     made = [gang("sum", 2, 1).start() for _ in range(2)]
     for one in made:

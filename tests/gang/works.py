@@ -116,6 +116,16 @@ class Work:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1000)
 
+    def do_leave_a_thread(self, rank: Rank) -> None:
+        """Ends well, but for a thread that keeps its process alive."""
+        rank.phase("batch", 60)
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+
+    def do_leave_silently(self, rank: Rank) -> None:
+        """A process that ends behind Python's back."""
+        rank.phase("batch", 60)
+        os._exit(0)
+
     def do_bad_data(self, rank: Rank) -> None:
         rank.join("gloo")
         rank.phase("load", 60)
