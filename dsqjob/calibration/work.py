@@ -96,7 +96,7 @@ class CalibrationWork:
         model = build_model(module, args, device)
 
         if job.calibrate.dummy_weights:
-            total = make_up(parameters_of(model), len(self.stage.inputs.release.index), rank.index)
+            total = make_up(parameters_of(model), args.n_routed_experts, rank.index)
         else:
             plan, folder = self.stage.rank_plan(rank.index)
             with Sources(folder) as sources:
