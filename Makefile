@@ -20,6 +20,7 @@ PROFILE = $(if $(findstring /,$(SITE)),$(abspath $(SITE)),$(CURDIR)/slurm/$(SITE
 OVERRIDES = $(if $(SITE),--set 'profile=$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
 UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/tokens tests/verify
 WHOLE := tests/cli tests/gang tests/calibration tests/pipeline tests/faults tests/slurm tests/documents
+LONG := tests/slurm_long
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins slurmdbd slurm-wlm-mysql-plugin \
   mariadb-server-core mariadb-client-core
 SYSTEM_PACKAGES := strace $(SLURM_PACKAGES)
@@ -54,7 +55,8 @@ check: lint ## lint, then unit tests (under 3 minutes)
 test: lint system-packages ## lint, unit tests, whole jobs, faults and README (under 30 minutes)
 	.venv/bin/pytest -q $(UNIT) $(WHOLE)
 
-test-all: test bench ## the same, and the benchmarks, which take ten minutes more
+test-all: test bench ## the same, the slowest cases of Slurm, and the benchmarks: twenty minutes more
+	.venv/bin/pytest -q $(LONG)
 
 test-gpu: ## what needs a GPU: nothing yet, since no stage here uses one
 	@echo "no stage uses a GPU yet"

@@ -12,12 +12,15 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent.parent
 README = (CHECKOUT / "README.md").read_text()
+SLURM = "## On a Slurm cluster\n"  # its commands run in tests/slurm/test_page.py
 SLOW_ELSEWHERE = {"make demo": "test_the_demo_runs_twice", "make test": "this very run"}
 
 
 def shown() -> list[str]:
     """Commands of README: indented lines that begin with make, the program, or export."""
-    lines = [line.strip().partition("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+    before, _, rest = README.partition(SLURM)
+    text = before + rest.partition("\n## ")[2]
+    lines = [line.strip().partition("  #")[0].strip() for line in text.splitlines() if line.startswith("    ")]
     return [line for line in lines if re.match(r"(make |\.venv/bin/dsqjob |export )", line)]
 
 

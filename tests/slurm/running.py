@@ -68,6 +68,22 @@ class Login:
         return "\n".join(path.read_text(errors="replace") for path in out if path.is_file())
 
 
+def processes(mark: str, host: str = "") -> list[int]:
+    """Living processes of dsqjob's workers whose command line has ``mark``, on one of the pretended nodes or any."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            node = re.search(r"SLURMD_NODENAME=(\w+)", (folder / "environ").read_bytes().decode(errors="replace"))
+        except OSError:
+            continue
+        ours = Path(words[0]).name.startswith("python") and "worker" in words and mark in words and state not in "ZX"
+        if ours and (not host or (node is not None and node[1] == host)):
+            found.append(int(folder.name))
+    return found
+
+
 def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
     """Wait until ``condition`` holds."""
     deadline = time.monotonic() + seconds

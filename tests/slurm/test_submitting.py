@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness import digests, dsqjob, error_id, write_job
 from tests.slurm.cluster import Cluster
-from tests.slurm.running import Login, until
+from tests.slurm.running import Login, processes, until
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("slurmctld")]
 
@@ -110,25 +110,13 @@ def test_what_follows_a_failure_never_begins(login: Login, small: Path, tmp_path
     assert login.tasks(sent["export"][0])[0]["Restarts"] == "0"
 
 
-def kill_worker(attempt: str) -> bool:
-    """Kill the worker of an attempt, if it is there."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if Path(words[0]).name.startswith("python") and "worker" in words and attempt in words:
-            os.kill(int(folder.name), signal.SIGKILL)
-            return True
-    return False
-
-
 def test_a_killed_task_of_an_array_comes_back(login: Login, miniature: Path, tmp_path: Path) -> None:
     """One of three workers is killed in its unit: its task counts a fault and goes back into the queue."""
     job = login.job(tmp_path / "a", miniature, launcher__workers=3, slurm__environment={"DSQJOB_TEST": "1"})
     sent = login.run(job, "--through", "verify")
     (export,) = sent["export"]
-    until(lambda: kill_worker(f"{export}_1-0-0"), 60, "the worker does not appear")
+    until(lambda: bool(processes(f"{export}_1-0-0")), 60, "the worker does not appear")
+    os.kill(processes(f"{export}_1-0-0")[0], signal.SIGKILL)
     assert login.wait(export, 120) == ["COMPLETED"] * 3
     assert sorted(task["Restarts"] for task in login.tasks(export)) == ["0", "0", "1"]
     assert "69" in login.said(export) and "back into the queue" in login.said(export)

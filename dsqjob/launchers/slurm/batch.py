@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import stat
@@ -30,6 +31,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _TICK = 0.2
 _PATIENCE = 60.0
 """Seconds between asking a step to stop and ending it: a gang's ranks are given ten, supervisors some more."""
+_STEP_WAIT = 20.0
+"""Seconds after which srun should have its step."""
 _SETTLE = 2.0
 """Seconds in which events of other nodes become visible on a slow file server."""
 _SEVERITY = (65, 64, 74, 70, 69, 75)
@@ -107,19 +110,40 @@ class Batch:
 
     def _step(self, argv: Sequence[str]) -> tuple[int, Cause, str]:
         """Run srun to its end; its code, the cause of a signal, and what it and its tasks said."""
-        cause, asked, looked, before = Cause.NONE, 0.0, 0, _said_so_far()
+        while (ended := self._srun(argv)) is None:
+            self._say("Slurm has not made the step: srun is started once more")
+        return ended
+
+    def _srun(self, argv: Sequence[str]) -> tuple[int, Cause, str] | None:
+        """None where srun still waits for its step: it can do so for ever when a node came back a moment ago."""
+        cause, asked, looked, before = Cause.NONE, math.inf, 0, _said_so_far()
+        doubt = time.monotonic() + _STEP_WAIT
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as srun:
             while srun.poll() is None:
                 time.sleep(_TICK)
                 if len(self._heard) > looked:
                     looked = len(self._heard)
                     srun.send_signal(signal.SIGUSR2)  # passed on to the tasks; SIGTERM makes srun kill them at once
-                    asked = asked or time.monotonic()
+                    asked = min(asked, time.monotonic())
                     cause = self._look(signalled=True)
                     self._say(f"{self._heard[-1].name}: {cause.value}; the workers are asked to stop")
-                if asked and time.monotonic() - asked > _PATIENCE:
+                if time.monotonic() - asked > _PATIENCE:
                     srun.terminate()
+                if time.monotonic() > doubt and not self._heard:
+                    doubt = math.inf
+                    if not self._step_runs():
+                        srun.terminate()
+                        return None
             return srun.returncode, cause, _said_so_far(before)
+
+    def _step_runs(self) -> bool:
+        """Whether Slurm has made the step; also where it cannot be asked here."""
+        try:
+            answer = ask("squeue", "--noheader", "--steps", "--jobs", self._here.name, "--format=%i")
+        except DsqjobError:
+            return True
+        steps = [line.rpartition(".")[2] for line in answer.out.split()]
+        return bool(answer.code) or any(step.isdigit() for step in steps)
 
     def _look(self, *, signalled: bool) -> Cause:
         """The cause, from Slurm; where it cannot be asked here, what the signal alone tells."""
