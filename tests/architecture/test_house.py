@@ -58,7 +58,7 @@ def error_ids() -> Iterator[str]:
             if isinstance(node, ast.Call):
                 name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
                 for argument in node.args[:2] if name in ERRORS else []:
-                    for leaf in ast.walk(argument):
+                    for leaf in (argument.body, argument.orelse) if isinstance(argument, ast.IfExp) else (argument,):
                         if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str) and ID.fullmatch(leaf.value):
                             yield leaf.value
 
