@@ -58,8 +58,8 @@ test: lint system-packages ## lint, unit tests, whole jobs, faults and README (u
 test-all: test bench ## the same, the slowest cases of Slurm, and the benchmarks: twenty minutes more
 	.venv/bin/pytest -q $(LONG)
 
-test-gpu: ## what needs a GPU: nothing yet, since no stage here uses one
-	@echo "no stage uses a GPU yet"
+test-gpu: setup ## on a machine with GPUs (first: make setup TORCH=torch): NCCL gangs, CPU against GPU, real geometry
+	.venv/bin/pytest -s -q tests/gpu
 
 bench: setup ## ratios, side by side, printed
 	.venv/bin/python -m tests.benchmarks

@@ -44,8 +44,9 @@ _LEAST_LENGTH = 4096
 """The vendor's caches are at least that long."""
 _DEQUANTIZING = 4
 """Copies of a projection in BF16 that are alive while it is dequantized and its maximum is taken."""
-_ACTIVATION = 160
-"""Bytes a token and hidden channel at the peak: hyper-connections mix 4 x 4 FP32 copies."""
+_ACTIVATION = 280
+"""Bytes a token and hidden channel at the peak, measured with plain PyTorch kernels on one layer of V4-Pro's geometry at
+4 x 512 tokens (hyper-connections alone take 64); the vendor's fused kernels need less."""
 
 
 class Geometry(NamedTuple):
