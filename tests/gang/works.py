@@ -112,6 +112,7 @@ class Work:
 
     def do_deaf(self, rank: Rank) -> None:
         """Never looks whether to stop, and leaves only when killed."""
+        rank.phase("batch", 60)
         self.mark(rank, "ready")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1000)
