@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -100,14 +100,18 @@ class Outstanding:
     units: int | None
 
 
-def outstanding(inputs: Inputs, names: Sequence[str], *, awaited: bool) -> list[Outstanding]:
+def outstanding(inputs: Inputs, names: Sequence[str], *, queued: Collection[str] = ()) -> list[Outstanding]:
     """Those of these stages that are not done, for a launcher that submits; what can be refused now is.
 
-    ``awaited``: an earlier stage is still at work. What comes after an unfinished stage counts as not done, since its
-    inputs are not known yet.
+    ``queued``: stages that others already work on, or will. What comes after an unfinished stage counts as not done,
+    since its inputs are not known yet.
     """
     found: list[Outstanding] = []
+    awaited = any(STAGES.index(name) < STAGES.index(names[0]) for name in queued)
     for name in names:
+        if name in queued:
+            awaited = True
+            continue
         stage = build(name, inputs)
         state, units = StageState(inputs.workspace, stage), list(stage.units)
         if not awaited:

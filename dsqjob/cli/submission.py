@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from dsqjob.errors import UsageError
 from dsqjob.job.schema import Job
 from dsqjob.launchers.slurm.handle import Handle
 from dsqjob.launchers.slurm.script import Need, Script
@@ -20,22 +21,28 @@ def submit_pipeline(job: Job, *, stage: str | None, through: str | None, restart
     """Submit the selected stages that are not done, each after the one before; one line a stage, with its job ids."""
     inputs = Inputs(job)
     names = selected(inputs, stage, through)
+    waiting = _at_work(job, inputs, names)
     if restart_first:
+        if set(waiting) & set(names):
+            raise UsageError(
+                "restart-while-running",
+                f"{', '.join(waiting)} waits or runs in the queue",
+                where=next(iter(waiting.values())).logs,
+                way_out="dsqjob cancel JOB first",
+            )
         for path in restart(inputs, names):
             click.echo(f"removed {path}")
-    after, waiting = _at_work(job, inputs, names)
-    for name, handle in waiting.items():
-        click.echo(f"{name}: already submitted, job {', '.join(handle.jobs)}")
-    left = [name for name in names if name not in waiting]
-    todo = outstanding(inputs, left, awaited=bool(after))
-    for name in left:
-        found = next((one for one in todo if one.name == name), None)
-        if found is None:
-            click.echo(f"{name}: already done, nothing to do")
-            continue
-        handle = submit(job, _need(job, found), after)
-        after = [last_of(handle)]
-        click.echo(f"{name}: submitted, job {', '.join(handle.jobs)}{_size(handle.tasks)}")
+    todo = {one.name: one for one in outstanding(inputs, names, queued=waiting)}
+    after: list[str] = []
+    for name in STAGES:
+        handle = waiting.get(name)
+        if handle is None and name in todo:
+            handle = submit(job, _need(job, todo[name]), after)
+            click.echo(f"{name}: submitted, job {', '.join(handle.jobs)}{_size(handle.tasks)}")
+        elif name in names:
+            jobs = f"submitted, job {', '.join(handle.jobs)}" if handle else "done, nothing to do"
+            click.echo(f"{name}: already {jobs}")
+        after = [last_of(handle)] if handle is not None else after
     if todo or waiting:
         click.echo("dsqjob status, logs and cancel follow them")
 
@@ -44,7 +51,7 @@ def print_scripts(job: Job, *, stage: str | None, through: str | None, out: Path
     """Print what would be sent; with ``out``, write scripts that sbatch takes, and ``submit``, which sends them all."""
     inputs = Inputs(job)
     names = selected(inputs, stage, through)
-    scripts = render(job, [_need(job, one) for one in outstanding(inputs, names, awaited=False)])
+    scripts = render(job, [_need(job, one) for one in outstanding(inputs, names)])
     for script in scripts:
         click.echo(f"# {script.need.stage}.sh\n{script.text}", nl=False)
     if not scripts:
@@ -60,17 +67,11 @@ def print_scripts(job: Job, *, stage: str | None, through: str | None, out: Path
         click.echo(f"# written to {out}; {out / 'submit'} sends them in order", err=True)
 
 
-def _at_work(job: Job, inputs: Inputs, names: Sequence[str]) -> tuple[list[str], dict[str, Handle]]:
-    """Jobs that the first new one must wait for, and those of the selected stages that are in the queue already."""
-    waiting: dict[str, Handle] = {}
-    after: list[str] = []
+def _at_work(job: Job, inputs: Inputs, names: Sequence[str]) -> dict[str, Handle]:
+    """The stages up to the last selected one that are in the queue already."""
     order = [name for name in STAGES if name in {*pipeline(inputs, always=True), *names}]
-    for name in order[: order.index(names[-1]) + 1]:
-        if (handle := queued(job, name)) is not None:
-            after = [last_of(handle)]
-            if name in names:
-                waiting[name] = handle
-    return after, waiting
+    found = {name: queued(job, name, wanted=name in names) for name in order[: order.index(names[-1]) + 1]}
+    return {name: handle for name, handle in found.items() if handle is not None}
 
 
 def _need(job: Job, stage: Outstanding) -> Need:

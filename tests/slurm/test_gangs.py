@@ -150,11 +150,11 @@ def test_two_pipelines_share_the_nodes(
 
 def test_an_allocation_that_does_not_fit_is_refused(login: Login, small: Path, tmp_path: Path) -> None:
     """The rendered script, sent by hand with fewer nodes or GPUs than model_parallel needs."""
-    given = settings(tmp_path, samples=2, nodes=2, ranks=4)
+    given = settings(tmp_path, samples=2, nodes=2, ranks=2)
     job = login.job(tmp_path / "a", small, **{**given, "device": "cuda"})
     login.dsqjob("run", job, "--stage", "tokens", "--set", "launcher.kind=local")
     login.dsqjob("render", "slurm", job, "--stage", "calibrate", "--out", tmp_path / "out")
-    for options, why in ((["--nodes=1"], "allocation-nodes"), (["--gpus-per-node=2"], "allocation-gpus")):
+    for options, why in ((["--nodes=1"], "allocation-nodes"), (["--gpus-per-node=1"], "allocation-gpus")):
         sent = login.cluster.run("sbatch", "--parsable", *options, tmp_path / "out" / "calibrate.sh").strip()
         assert login.wait(sent) == ["FAILED"] and login.tasks(sent)[0]["ExitCode"] == "64:0"
         assert why in login.said(sent), login.said(sent)

@@ -28,6 +28,7 @@ def test_a_pipeline_is_submitted_once_and_runs(login: Login, small: Path, tmp_pa
     assert login.run(job, "--through", "verify") == {}
     refused = login.dsqjob("run", job, "--through", "verify", "--set", "export.weights=cast", code=64)
     assert error_id(refused) == "queued-otherwise"
+    assert error_id(login.dsqjob("run", job, "--restart", code=64)) == "restart-while-running"
     assert login.wait(sent["verify"][0]) == ["COMPLETED"] * 3
     again = login.dsqjob("run", job, "--through", "verify").stdout
     assert again.count("already done") == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -93,7 +92,8 @@ class Batch:
         work = step(self._job, self._stage, gang=self._gang, job_file=self._job_file, here=self._here, attempt=attempt)
         code, cause, srun = self._step(work.argv)
         if work.afterwards:
-            ask(*work.afterwards, seconds=_PATIENCE)
+            with suppress(DsqjobError):
+                ask(*work.afterwards, seconds=_PATIENCE)
         now = self._look(signalled=False)
         if cause is Cause.NONE or now not in (Cause.NONE, Cause.LIMIT_NOTICE, Cause.PREEMPTION_NOTICE):
             cause = now
@@ -168,13 +168,12 @@ class Batch:
         """Nodes where a rank or a worker died, or else those whose supervisor did not say how it ended."""
         if not self._gang:
             return [self._here.host]
-        folder = self._workspace.gang(self._stage, attempt)
-        endings: dict[str, dict[str, Any]] = {}
-        for index, node in enumerate(self._here.nodes):
-            with suppress(OSError, ValueError):
-                endings[node] = json.loads((folder / f"node{index}.json").read_bytes())
-        died = {_short(end["host"]) for end in endings.values() if end.get("id") in _OF_A_RANK}
-        return [node for node in self._here.nodes if (_short(node) in died if died else node not in endings)]
+        events = list(self._events(attempt))
+        died = {
+            _short(event["host"]) for event in events if event["event"] == "rank-ended" and event["id"] in _OF_A_RANK
+        }
+        ended = {_short(event["host"]) for event in events if event["event"] in ("gang-ended", "error")}
+        return [node for node in self._here.nodes if (_short(node) in died if died else _short(node) not in ended)]
 
     def _end(self, verdict: Verdict, cause: Cause, said: str) -> int:
         """Say how it ends, and put the job back into the queue where that is the verdict."""

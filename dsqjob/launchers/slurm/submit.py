@@ -46,15 +46,15 @@ def keep_job(job: Job) -> Path:
     return path
 
 
-def queued(job: Job, stage: str) -> Handle | None:
+def queued(job: Job, stage: str, *, wanted: bool) -> Handle | None:
     """The stage's jobs where one of them still waits or runs.
 
-    UsageError ``queued-otherwise`` where they were submitted with other settings.
+    UsageError ``queued-otherwise`` where the stage is ``wanted`` and they were submitted with other settings.
     """
     handle = read_handle(Workspace(job.workspace), stage)
     if handle is None or not any(alive(one) for one in handle.jobs):
         return None
-    if handle.job_file != str(resolved(job)[0]):
+    if wanted and handle.job_file != str(resolved(job)[0]):
         raise UsageError(
             "queued-otherwise",
             f"{stage} is in the queue with other settings: job {', '.join(handle.jobs)}",
