@@ -7,29 +7,35 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.calibration.gangs import TEXT, Gang, amax_of, calibration_job, seen
 from tests.faults.processes import kill_all, of_job
 from tests.harness import command, digests, dsqjob, error_id
-from tests.warm import Warm
+from tests.warm import CHECKOUT, Warm
 
 WHOLE = ("--through", "verify")
 
 
-def whole_job(folder: Path, release: Path) -> Path:
-    settings = {"tokens__data": [{"jsonl": str(TEXT), "samples": 8}], "calibrate__batch_size": 1}
-    return calibration_job(folder, release, folder / "work" / "tokens", **settings)
+def whole_job(folder: Path, release: Path, shape: tuple[int, int] = (2, 1)) -> Path:
+    settings: dict[str, Any] = {"tokens__data": [{"jsonl": str(TEXT), "samples": 8}], "calibrate__batch_size": 1}
+    return calibration_job(folder, release, folder / "work" / "tokens", shape, **settings)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
-    """A job that one undisturbed command brought to its end."""
-    job = whole_job(tmp_path_factory.mktemp("finished"), small)
+    """A job that the make target brought to its amax, by two supervisors, and ``run`` to its end."""
+    job = whole_job(tmp_path_factory.mktemp("finished"), small, (1, 2))
+    made = subprocess.run(["make", "-s", "calibrate-v4", "NODES=2", f"JOB={job}"], cwd=CHECKOUT, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+    assert made.returncode == 0 and "calibrated on 512 tokens in 8 batches" in made.stdout, made.stdout + made.stderr
+    assert {event["worker"] for event in seen(job.parent, "gang")} == {"calibrate-node0", "calibrate-node1"}
+    assert not (job.parent / "out").exists()
     said = dsqjob("run", job, *WHOLE)
-    assert "passed" in said.stdout and said.stderr == "", said.stderr
-    assert "all of 8 routed experts" in said.stdout or "saw no token" in said.stdout
+    assert "calibrate: already done" in said.stdout and "passed" in said.stdout and said.stderr == "", said.stderr
+    assert "routed experts saw no token" in said.stdout and "picture: " in said.stdout
     return job
 
 
