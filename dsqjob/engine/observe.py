@@ -56,6 +56,7 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
     done: dict[str, dict[str, Any]] = {}
     moving: dict[str, int] = {}
     last_of: dict[str, dict[str, Any]] = {}
+    attempts: set[Any] = set()
     for event in events:
         last_of[f"{event.get('worker')} on {event.get('host')}"] = event
         match event["event"]:
@@ -65,7 +66,8 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
                 seen.units, seen.bytes, seen.state, seen.error = event["units"], event["bytes"], "running", ""
                 seen.measure, seen.phase = event.get("measure", "bytes"), event.get("phase", "")
             case "gang":
-                seen.state, seen.error, seen.attempts = "running", "", seen.attempts + 1
+                attempts.add(event.get("attempt"))  # every node says so
+                seen.state, seen.error, seen.attempts = "running", "", len(attempts)
             case "phase":
                 seen.phase = event["phase"]
             case "unit" | "progress":

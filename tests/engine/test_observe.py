@@ -39,6 +39,11 @@ def test_states() -> None:
     assert observe([BEGIN, event(1, "stage-done")], 2)["export"].state == "done"
 
 
+def test_a_gang_on_two_nodes_is_one_attempt() -> None:
+    gang = [event(at, "gang", attempt=name, node=node) for at, name, node in ((1, "a", 0), (1, "a", 1), (9, "b", 0))]
+    assert observe([BEGIN, *gang], 10)["export"].attempts == 2
+
+
 def test_a_restart_and_another_fingerprint_forget() -> None:
     done = event(1, "unit-done", unit="a", bytes=100, seconds=1)
     assert observe([BEGIN, done, event(2, "restart")], 3)["export"].units_done == 0
