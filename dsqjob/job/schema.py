@@ -242,7 +242,7 @@ class Slurm(_Section):
     throttle: Count | None = None
     """At most so many tasks of an array at a time; by default all of launcher.workers."""
     notice: Count = 120
-    """Seconds between the signal that announces the time limit and the limit."""
+    """Seconds between the signal that announces the time limit and the limit; Slurm may give it a minute earlier."""
     requeue: Annotated[bool, Strict()] = True
     """Jobs put themselves back into the queue. Where a site forbids that: false, and spare jobs take over."""
     spares: Count = 3
@@ -250,7 +250,7 @@ class Slurm(_Section):
     port: Annotated[int, Strict(), Field(ge=1024, le=65535)] | None = None
     """Rendezvous port; by default derived from the job's number."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines before the command on every node, such as `module load cuda`."""
+    """Shell lines at the job's beginning, such as `module load cuda`; what they export goes along to every node."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables of the job, such as `NCCL_SOCKET_IFNAME: eth0`."""
     srun: list[str] = Field(default_factory=list)

@@ -75,18 +75,21 @@ def test_preemption_in_a_short_job(
     assert [end["code"] for end in ends] == [75, 0] and batches(work) <= 2 * (SAMPLES + 2)
 
 
-def test_a_dead_rank_is_a_fault_and_the_gang_comes_back(
+def test_a_dead_rank_and_a_dead_supervisor_are_faults(
     login: Login, begun: Callable[..., tuple[Path, Path, list[str]]], quiet: dict[str, str]
 ) -> None:
-    """69 and not 75, although srun ends the other supervisor by a signal; the node is named."""
+    """69 and not 75, although srun ends the other supervisor by a signal; the node is named; the gang comes back."""
     _, work, (calibrate,) = begun()
-    subprocess.run(["kill", "-9", str(max(processes(f"{calibrate}-0-0", host="n2")))], check=True)
-    fault = work / "state" / "calibrate" / "faults" / f"{calibrate}-0-0.json"
-    until(fault.exists, 60, "no fault")
-    assert json.loads(fault.read_text()) == {"nodes": ["n2"]}
-    assert not processes(f"{calibrate}-0-0")
+    faults = work / "state" / "calibrate" / "faults"
+    for attempt, host, which in ((f"{calibrate}-0-0", "n2", max), (f"{calibrate}-1-0", "n1", min)):
+        done = batches(work)
+        until(lambda done=done: login.awake(calibrate) and batches(work) > done + 3, 120, "no batch is done")
+        os.kill(which(processes(attempt, host=host)), signal.SIGKILL)
+        until((faults / f"{attempt}.json").exists, 90, "no fault")
+        assert json.loads((faults / f"{attempt}.json").read_text()) == {"nodes": [host]}, login.said(calibrate)
+        until(lambda attempt=attempt: not processes(attempt), 30, "the old gang is still there")
     assert login.wait(calibrate, 180) == ["COMPLETED"]
-    assert amax(work) == quiet and not list((work / "state" / "calibrate" / "faults").iterdir())
+    assert amax(work) == quiet and not list(faults.iterdir())
 
 
 def test_a_killed_slurmd_requeues_the_gang(

@@ -9,14 +9,13 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dsqjob.engine.events import EventLog, read_events
 from dsqjob.engine.workspace import Workspace
-from dsqjob.errors import EXIT_CODES, DsqjobError, PeerError
+from dsqjob.errors import EXIT_CODES, DsqjobError, Interrupted, PeerError
 from dsqjob.job.schema import Job
 from dsqjob.launchers.slurm.allocation import Allocation
 from dsqjob.launchers.slurm.cause import Cause, Verdict, decide, fields, read_cause
@@ -92,8 +91,7 @@ class Batch:
         work = step(self._job, self._stage, gang=self._gang, job_file=self._job_file, here=self._here, attempt=attempt)
         code, cause, srun = self._step(work.argv)
         if work.afterwards:
-            with suppress(DsqjobError):
-                ask(*work.afterwards, seconds=_PATIENCE)
+            _asked(*work.afterwards)
         now = self._look(signalled=False)
         if cause is Cause.NONE or now not in (Cause.NONE, Cause.LIMIT_NOTICE, Cause.PREEMPTION_NOTICE):
             cause = now
@@ -103,6 +101,9 @@ class Batch:
         if said:
             order = _SEVERITY if cause is Cause.NONE else _SEVERITY_STOPPED
             worst = min(said, key=lambda event: order.index(event["code"]))
+            silent = set(map(_short, self._here.nodes)) - {_short(event["host"]) for event in said}
+            if self._gang and silent and cause is Cause.NONE and worst["code"] == Interrupted.exit_code:
+                return PeerError.exit_code, cause, f"the supervisor on {', '.join(sorted(silent))} died without a word"
             return int(worst["code"]), cause, f"[{worst['id']}] {worst['what']}"
         if cause is Cause.NONE and any(words in srun for words in _REFUSED):
             raise explained(srun, gang=self._gang, where="srun")
@@ -138,19 +139,13 @@ class Batch:
 
     def _step_runs(self) -> bool:
         """Whether Slurm has made the step; also where it cannot be asked here."""
-        try:
-            answer = ask("squeue", "--noheader", "--steps", "--jobs", self._here.name, "--format=%i")
-        except DsqjobError:
-            return True
+        answer = _asked("squeue", "--noheader", "--steps", "--jobs", self._here.name, "--format=%i")
         steps = [line.rpartition(".")[2] for line in answer.out.split()]
         return bool(answer.code) or any(step.isdigit() for step in steps)
 
     def _look(self, *, signalled: bool) -> Cause:
         """The cause, from Slurm; where it cannot be asked here, what the signal alone tells."""
-        try:
-            answer = ask("scontrol", "show", "job", "-o", self._here.name)
-        except DsqjobError as error:
-            answer = Answer(error.exit_code, "", str(error))
+        answer = _asked("scontrol", "show", "job", "-o", self._here.name)
         if answer.code or not answer.out:
             guess = Cause.CANCELLED if signal.SIGTERM in self._heard else Cause.LIMIT_NOTICE
             return guess if signalled else Cause.NONE
@@ -197,14 +192,14 @@ class Batch:
         for number in _SIGNALS:  # requeue sends SIGTERM to everything here, this command included
             signal.signal(number, signal.SIG_IGN)
         name = self._here.name
-        answer = ask("scontrol", "requeue", name)
+        answer = _asked("scontrol", "requeue", name)
         if answer.code:
             self._say(f"requeue was refused: {answer.said}; way out: slurm.requeue: false, with slurm.spares")
             return False
         if bad := self._faults.bad_nodes:
-            before = fields(ask("scontrol", "show", "job", "-o", name).out).get("ExcNodeList", "(null)")
+            before = fields(_asked("scontrol", "show", "job", "-o", name).out).get("ExcNodeList", "(null)")
             listed = ",".join(dict.fromkeys([*([] if before == "(null)" else [before]), *bad]))
-            answer = ask("scontrol", "update", f"JobId={name}", f"ExcNodeList={listed}")
+            answer = _asked("scontrol", "update", f"JobId={name}", f"ExcNodeList={listed}")
             self._say(f"nodes with two faults are left out: {listed} {answer.said}".strip())
         return True
 
@@ -217,10 +212,18 @@ class Batch:
         left = handle.jobs[handle.jobs.index(own) + 1 :]
         left = left[:-1] if keep_last else left
         if left:
-            ask("scancel", *left)
+            _asked("scancel", *left)
 
     def _say(self, text: str) -> None:
         print(f"dsqjob {self._stage} {self._here.name}: {text}", flush=True)
+
+
+def _asked(*argv: str) -> Answer:
+    """A command of Slurm's, which some sites do not have on compute nodes."""
+    try:
+        return ask(*argv)
+    except DsqjobError as error:
+        return Answer(error.exit_code, "", error.what)
 
 
 def _said_so_far(after: str = "") -> str:
