@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -37,6 +38,7 @@ _SEVERITY = (65, 64, 74, 70, 69, 75)
 """Of a step that nobody asked to stop: its 75 are those of workers that srun ended because another one had failed."""
 _SEVERITY_STOPPED = (65, 64, 74, 75, 70, 69)
 _OF_A_RANK = ("rank-died", "rank-silent")
+_ENDED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: ", re.M)
 _REFUSED = ("unrecognized option", "Unable to", "error: Invalid", "container")
 
 
@@ -48,6 +50,7 @@ class Batch:
         self._workspace = Workspace(job.workspace)
         self._faults = Faults(self._workspace, stage)
         self._heard: list[signal.Signals] = []
+        self._spoken = ""
         self._log = EventLog(
             self._workspace.events, worker=f"{stage}-batch", host=here.host, of=stage, job=here.name,
             restarts=here.restarts,
@@ -90,6 +93,7 @@ class Batch:
         """Run the step once: its exit code as the workers meant it, why it was stopped, what was said."""
         work = step(self._job, self._stage, gang=self._gang, job_file=self._job_file, here=self._here, attempt=attempt)
         code, cause, srun = self._step(work.argv)
+        self._spoken = srun
         if work.afterwards:
             _asked(*work.afterwards)
         now = self._look(signalled=False)
@@ -160,15 +164,14 @@ class Batch:
         return (event for event in read_events(self._workspace.events) if event.get("run") == attempt)
 
     def _blamed(self, attempt: str) -> list[str]:
-        """Nodes where a rank or a worker died, or else those whose supervisor did not say how it ended."""
+        """Nodes where a rank or a worker died; or else the one whose supervisor ended first, as srun saw it."""
         if not self._gang:
             return [self._here.host]
-        events = list(self._events(attempt))
-        died = {
-            _short(event["host"]) for event in events if event["event"] == "rank-ended" and event["id"] in _OF_A_RANK
-        }
-        ended = {_short(event["host"]) for event in events if event["event"] in ("gang-ended", "error")}
-        return [node for node in self._here.nodes if (_short(node) in died if died else _short(node) not in ended)]
+        ended = [event for event in self._events(attempt) if event["event"] == "rank-ended"]
+        died = {_short(event["host"]) for event in ended if event["id"] in _OF_A_RANK}
+        if not died and (first := _ENDED.search(self._spoken)) is not None:
+            died = {_short(first[1])}
+        return [node for node in self._here.nodes if _short(node) in died]
 
     def _end(self, verdict: Verdict, cause: Cause, said: str) -> int:
         """Say how it ends, and put the job back into the queue where that is the verdict."""
