@@ -18,6 +18,7 @@ class Login:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self._woken: set[tuple[str, str]] = set()
 
     def job(self, folder: Path, release: Path, **settings: Any) -> Path:
         """A job file for Slurm."""
@@ -59,7 +60,9 @@ class Login:
         return task
 
     def _wake(self, task: dict[str, str]) -> None:
-        if task["JobState"] == "PENDING" and task["Reason"] == "BeginTime":
+        waits = task["JobState"] == "PENDING" and task["Reason"] == "BeginTime"
+        if waits and (turn := (task["JobId"], task["Restarts"])) not in self._woken:  # once: it puts off the scheduler
+            self._woken.add(turn)
             self.cluster.run("scontrol", "update", f"JobId={task['JobId']}", "StartTime=now", code=None)
 
     def said(self, job: str) -> str:
