@@ -45,8 +45,8 @@ _LEAST_LENGTH = 4096
 _DEQUANTIZING = 4
 """Copies of a projection in BF16 that are alive while it is dequantized and its maximum is taken."""
 _ACTIVATION = 280
-"""Bytes a token and hidden channel at the peak, measured with plain PyTorch kernels on one layer of V4-Pro's geometry at
-4 x 512 tokens (hyper-connections alone take 64); the vendor's fused kernels need less."""
+"""Bytes a token and hidden channel at the peak, measured with plain PyTorch kernels on one layer of V4-Pro's geometry
+at 4 x 512 tokens (hyper-connections alone take 64); the vendor's fused kernels need less."""
 
 
 class Geometry(NamedTuple):

@@ -81,6 +81,27 @@ def blocks_equal_the_vendors_forward(release: str) -> None:
             assert torch.equal(forward(wiring, batch).hidden, expected)
 
 
+def experts_equal_the_vendors(release: str) -> None:
+    """Our expert against the vendor's own, on BF16 weights that both multiply alike: clamps, routing weights."""
+    module = _module(Path(release))
+    torch.set_default_dtype(torch.bfloat16)
+    generator = torch.Generator().manual_seed(5)
+    theirs = module.Expert(256, 128, torch.bfloat16, 0.5)
+    for parameter in theirs.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    holder = torch.nn.Module()
+    holder.expert = module.Expert(256, 128, torch.bfloat16, 0.5)
+    holder.expert.load_state_dict(theirs.state_dict())
+    off = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    mtq.quantize(holder, off, lambda _: None)
+    assert type(holder.expert) is not type(theirs)
+    x = torch.randn(9, 256, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+    routing = torch.rand(9, 1, generator=generator, dtype=torch.float32)
+    with torch.inference_mode():
+        for weights in (None, routing):
+            assert torch.equal(theirs(x, weights), holder.expert(x, weights))
+
+
 def resuming_equals_one_run(release: str, cursor: int) -> None:
     """A second process's worth of quantizers, continued from a snapshot, ends with the same maxima and summaries."""
     module, opened = _module(Path(release)), open_release(Path(release))

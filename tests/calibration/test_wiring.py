@@ -17,6 +17,10 @@ def test_the_loop_over_blocks_equals_the_vendors_forward(warm: Warm, tmp_path: P
     warm.call(f"{PROGRAMS}:blocks_equal_the_vendors_forward", str(miniature), said=tmp_path / "said")
 
 
+def test_a_quantized_expert_computes_what_the_vendors_does(warm: Warm, tmp_path: Path, miniature: Path) -> None:
+    warm.call(f"{PROGRAMS}:experts_equal_the_vendors", str(miniature), said=tmp_path / "said")
+
+
 @pytest.mark.parametrize("cursor", range(5))
 def test_measuring_resumes_at_any_batch(warm: Warm, tmp_path: Path, small: Path, cursor: int) -> None:
     warm.call(f"{PROGRAMS}:resuming_equals_one_run", str(small), cursor, said=tmp_path / "said")
