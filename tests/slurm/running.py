@@ -18,7 +18,6 @@ class Login:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self._woken: set[tuple[str, str]] = set()
 
     def job(self, folder: Path, release: Path, **settings: Any) -> Path:
         """A job file for Slurm."""
@@ -41,29 +40,19 @@ class Login:
         return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if line]
 
     def wait(self, job: str, seconds: float = 60, states: tuple[str, ...] = ()) -> list[str]:
-        """Wait until all tasks of a job are over (or in ``states``); their states. A requeued job need not wait."""
+        """Wait until all tasks of a job are over (or in ``states``); their states.
+
+        The wait of a requeued job (10 s here) is not lifted: for that long a node still refuses its old credential, and
+        a launch that comes sooner may be lost.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             tasks = self.tasks(job)
             found = [task["JobState"] for task in tasks]
             if all(s in states if states else s not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED") for s in found):
                 return found
-            for task in tasks:
-                self._wake(task)
             time.sleep(0.3)
         raise TimeoutError(f"job {job} is {found} after {seconds:g} s\n{self.said(job)}")
-
-    def awake(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job, whose wait after a requeue is lifted."""
-        (task,) = self.tasks(job)
-        self._wake(task)
-        return task
-
-    def _wake(self, task: dict[str, str]) -> None:
-        waits = task["JobState"] == "PENDING" and task["Reason"] == "BeginTime"
-        if waits and (turn := (task["JobId"], task["Restarts"])) not in self._woken:  # once: it puts off the scheduler
-            self._woken.add(turn)
-            self.cluster.run("scontrol", "update", f"JobId={task['JobId']}", "StartTime=now", code=None)
 
     def said(self, job: str) -> str:
         """What a job wrote."""

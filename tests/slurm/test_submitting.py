@@ -138,7 +138,7 @@ def test_faults_are_counted_and_the_node_is_left_out(login: Login, small: Path, 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "apptainer").symlink_to(bad)  # stands for a node whose programs die
     (export,) = login.run(job, "--stage", "export")["export"]
-    until(lambda: login.awake(export)["ExcNodeList"] == "n1", 90, "the node is not left out")
+    until(lambda: login.tasks(export)[0]["ExcNodeList"] == "n1", 90, "the node is not left out")
     assert login.tasks(export)[0]["Restarts"] == "2"
     assert "nodes with two faults are left out: n1" in login.said(export)
     login.dsqjob("cancel", job)
