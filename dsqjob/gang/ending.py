@@ -97,7 +97,8 @@ def verdict(reports: Sequence[Report], more: Iterable[Ending] = ()) -> DsqjobErr
     first = ranked[0]
     if first.code == Interrupted.exit_code:
         return Interrupted(first.id, first.what, way_out="run the same command again: it resumes")
-    others = [one.first_line.partition("\n")[0] for one in ranked[1:] if not one.victim and one.code != 75]
+    lines = [one.first_line.partition("\n")[0] for one in ranked if not one.victim and one.code != 75]
+    others = [line for line in dict.fromkeys(lines) if line != first.first_line.partition("\n")[0]]
     also = "".join(f"\n  also: {line}" for line in others[:_MENTIONED])
     return _CLASSES[first.code](first.id, first.first_line + also, where=first.where, way_out=first.way_out)
 

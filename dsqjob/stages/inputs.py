@@ -44,8 +44,8 @@ class Inputs:
                 where=f"workspace: {job.workspace}",
                 way_out="choose a workspace outside the release",
             )
-        for name, folder in (("convert.output", job.convert.output), ("export.output", job.export.output)):
-            self._disjoint(name, folder)
+        for name in ("tokens", "convert", "calibrate", "export"):
+            self._disjoint(f"{name}.output", getattr(job, name).output)
         release = open_release(self.job.release)
         self.family.check(release)
         return release

@@ -196,6 +196,8 @@ def test_output_and_release_must_lie_apart(tmp_path: Path, release: Path) -> Non
     assert error_id(done) == "output-inside-release" and "workspace" in done.stderr
     done = dsqjob("plan", write_job(tmp_path / "job", release, convert__output=release / "mp"), code=64)
     assert error_id(done) == "output-inside-release" and "convert.output" in done.stderr
+    done = dsqjob("plan", write_job(tmp_path / "job", release, calibrate__output=release / "amax"), code=64)
+    assert error_id(done) == "output-inside-release" and "calibrate.output" in done.stderr
 
 
 def test_a_release_that_is_not_there(tmp_path: Path) -> None:
