@@ -117,11 +117,15 @@ def test_plan_tells_sizes_route_and_growth(tmp_path: Path, miniature: Path) -> N
 
 
 def test_convert_belongs_to_the_pipeline_for_source_mp_only(tmp_path: Path, miniature: Path, golden: Path) -> None:
-    calibrated = {"export__amax": golden / "amax-mp2", "export__input_scale": "calibrated"}
-    release = golden / "release"
+    """And only where a gang reads its output: not with amax of elsewhere, not without any."""
+    calibrated = {"export__input_scale": "calibrated"}
     for source, expected in (("release", False), ("mp", True)):
-        job = write_job(tmp_path / source, release, calibrate__source=source, **calibrated)
-        assert ("\nconvert: " in dsqjob("plan", job).stdout) is expected
+        job = write_job(tmp_path / source, miniature, calibrate__source=source, **calibrated)
+        text = dsqjob("plan", job).stdout
+        assert ("\nconvert: " in text) is expected and "\ncalibrate: " in text
+    foreign = {"export__amax": golden / "amax-mp2", "calibrate__source": "mp", **calibrated}
+    text = dsqjob("plan", write_job(tmp_path / "foreign", golden / "release", **foreign)).stdout
+    assert "\nconvert: " not in text and "\ncalibrate: " not in text
     job = write_job(tmp_path / "one", miniature, calibrate__source="mp")
     assert "\nconvert: " not in dsqjob("plan", job).stdout
 
@@ -130,7 +134,7 @@ def test_convert_belongs_to_the_pipeline_for_source_mp_only(tmp_path: Path, mini
     ("options", "cause"),
     [
         (("--nodes", 3), "nodes-divide"),
-        (("--on", "slurm"), "launcher-unknown"),
+        (("--on", "kubernetes"), "launcher-unknown"),
         (("--set", "nonsense"), "set-syntax"),
         (("--set", "memory=1MiB"), "job-invalid"),
     ],

@@ -12,7 +12,9 @@ from dsqjob.launchers.slurm.allocation import Allocation
 from dsqjob.launchers.slurm.container import Inside, inside
 
 _FIRST_PORT = 20000
-_PORTS = 20000
+_PORTS = 12000
+"""Below those that kernels hand out."""
+_STRIDE = 997
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ def step(job: Job, stage: str, *, gang: bool, job_file: Path, here: Allocation, 
 
 
 def port(job: Job, here: Allocation) -> int:
-    """Where the nodes of this job meet; two jobs on one node meet elsewhere."""
-    return job.slurm.port or _FIRST_PORT + int(here.job) % _PORTS
+    """Where the nodes of this job meet: two jobs on one node meet elsewhere, and so does a job that comes back, as its
+    port may have been taken."""
+    return job.slurm.port or _FIRST_PORT + (int(here.job) + _STRIDE * here.restarts) % _PORTS
 
 
 def _worker(job: Job, stage: str, gang: bool, job_file: Path, here: Allocation, attempt: str) -> list[str]:
