@@ -158,13 +158,13 @@ class StageState:
 
     def compare(self) -> bool:
         """Whether work with this fingerprint was begun before. UsageError ``fingerprint-changed`` where it was
-        begun with another one."""
+        begun with another one and has made something since."""
         if not self._file.exists():
             return False
         before = read_state(self._file)
         parts = before.get("parts") if isinstance(before, dict) else None
         changed = self.stage.fingerprint.changes(parts if isinstance(parts, dict) else {})
-        if changed and self.stage.disposable:
+        if changed and (self.stage.disposable or self._nothing_made()):
             return False
         if changed:
             raise UsageError(
@@ -174,6 +174,11 @@ class StageState:
                 way_out="put them back to resume, or add --restart to remove this stage's output and begin again",
             )
         return True
+
+    def _nothing_made(self) -> bool:
+        """Whether neither a unit nor a rank has left anything that other settings could spoil."""
+        folders = self.workspace.records(self.stage.name), self.workspace.ranks(self.stage.name)
+        return not any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
     def begin(self) -> None:
         """Take the output folder and write down the fingerprint, unless that was done before."""

@@ -17,7 +17,7 @@ import pytest
 from dsqjob.engine.claims import whoami
 from dsqjob.engine.events import read_events
 from dsqjob.engine.execute import StopRequest
-from dsqjob.engine.stage import Context, Done, Unit
+from dsqjob.engine.stage import Context, Done, StageState, Unit
 from dsqjob.engine.workspace import Workspace
 from dsqjob.errors import Interrupted, UsageError
 from tests.engine.toy import Toy, content, work
@@ -238,3 +238,14 @@ def test_a_signal_ends_a_worker_with_75(tmp_path: Path, number: signal.Signals) 
     process.send_signal(number)
     assert process.wait(10) == 75
     assert not list((tmp_path / "out").glob("*.partial-*"))
+
+
+def test_a_stage_that_made_nothing_yet_takes_other_settings(tmp_path: Path) -> None:
+    StageState(Workspace(tmp_path / "work"), Toy(tmp_path, version="1")).begin()
+    changed = StageState(Workspace(tmp_path / "work"), Toy(tmp_path, version="2"))
+    assert not changed.compare()
+    changed.begin()
+    assert changed.compare()
+    work(tmp_path, Toy(tmp_path, version="2"))
+    with pytest.raises(UsageError):
+        StageState(Workspace(tmp_path / "work"), Toy(tmp_path, version="1")).compare()
