@@ -12,6 +12,9 @@ from typing import Any
 from tests.harness import dsqjob, write_job
 from tests.slurm.cluster import Cluster
 
+_PATIENCE = 2.5
+"""How much longer a crowded machine may take; what must be gone within a time is held by tests/gang."""
+
 
 class Login:
     """A shell on the login node; every job is submitted with a low limit of time and memory."""
@@ -45,7 +48,7 @@ class Login:
         The wait of a requeued job (10 s here) is not lifted: for that long a node still refuses its old credential, and
         a launch that comes sooner may be lost.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + _PATIENCE * seconds
         while time.monotonic() < deadline:
             tasks = self.tasks(job)
             found = [task["JobState"] for task in tasks]
@@ -78,7 +81,7 @@ def processes(mark: str, host: str = "") -> list[int]:
 
 def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
     """Wait until ``condition`` holds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
