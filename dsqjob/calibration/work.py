@@ -33,6 +33,7 @@ from dsqjob.errors import BugError
 from dsqjob.gang.preflight import agree
 from dsqjob.gang.rank import Rank
 from dsqjob.stages.calibrate import AMAX, Calibrate
+from dsqjob.stages.inputs import release_digest
 
 _PREFLIGHT = 60.0
 
@@ -71,6 +72,8 @@ class CalibrationWork:
             if self.job.calibrate.generate is not None:
                 rank.phase("generate", limits.batch)
                 self._generate(rank, wiring)
+        if rank.index == 0:
+            rank.log.write("stage-done", stage=self.stage.name)
         rank.leave()
 
     def _preflight(self, rank: Rank, device: torch.device) -> None:
@@ -167,12 +170,12 @@ class CalibrationWork:
             seconds=time.monotonic() - begun,
             token=self.token,
         )
-        rank.log.write("stage-done", stage=stage.name)
 
     def _about(self, wiring: Wiring) -> dict[str, str]:
         device = wiring.device
         return {
             "source": "dsqjob",
+            "release": release_digest(self.stage.inputs.release),
             "model_parallel": str(self.stage.n),
             "samples": str(len(self.stage.tokens.ids)),
             "sequence_length": str(self.stage.tokens.ids.shape[1]),

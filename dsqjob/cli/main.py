@@ -86,7 +86,9 @@ def run(job: str, stage: str | None, through: str | None, restart: bool, **optio
 
     prompt = options.pop("generate")
     extra = [f"calibrate.{name}=true" for name in ("dummy_weights", "require_known_code") if options.pop(name)]
-    extra += [f"calibrate.generate={json.dumps(prompt)}"] if prompt is not None else []
+    if prompt is not None:
+        text = json.dumps(prompt.replace("$", "$$"), ensure_ascii=False)
+        extra.append(f"calibrate.generate={text}")
     options["sets"] = (*options["sets"], *extra)
     loaded, sets = _load(job, **options)
     if loaded.launcher.kind == "slurm":

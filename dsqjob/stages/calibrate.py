@@ -123,6 +123,7 @@ class Calibrate(GangStage):
 
     def check(self) -> None:
         """Whatever can be refused before a GPU is touched."""
+        self.prompt  # noqa: B018 (refused here, before supervisors start)
         if self.tokens and self.code and self._from_mp:
             for plan in self._release_plans():
                 as_written(plan, self.job.calibrate.mp_checkpoint)
@@ -139,7 +140,16 @@ class Calibrate(GangStage):
     def prompt(self) -> list[int]:
         """Token ids of ``calibrate.generate``; empty where there is none. UsageError ``tokenizer-missing``."""
         text = self.job.calibrate.generate
-        return encode_prompt(self.job.release, text) if text is not None else []
+        ids = encode_prompt(self.job.release, text) if text is not None else []
+        longest = self.inputs.release.config.get("max_position_embeddings")
+        if type(longest) is int and len(ids) + self.job.calibrate.max_new_tokens > longest:
+            raise UsageError(
+                "prompt-too-long",
+                f"{len(ids)} tokens and {self.job.calibrate.max_new_tokens} new ones, the model takes {longest}",
+                where="calibrate.generate",
+                way_out="shorten the prompt, or calibrate.max_new_tokens",
+            )
+        return ids
 
     @property
     def _generated(self) -> Path:

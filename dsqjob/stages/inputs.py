@@ -10,14 +10,20 @@ from dsqjob.amax.ledger import LEDGER, Ledger
 from dsqjob.amax.reference import amax_identity, load_amax, rank_files
 from dsqjob.amax.settle import Settled, settle
 from dsqjob.checkpoint.release import Release, open_release
+from dsqjob.engine.fingerprint import digest_of
 from dsqjob.engine.workspace import Workspace
-from dsqjob.errors import UsageError
+from dsqjob.errors import DataError, UsageError
 from dsqjob.families import family
 from dsqjob.families.face import Family, Target
 from dsqjob.job.schema import Job
 
 FORMAT_VERSION = "1"
 """Changes when the same inputs and settings would give other bytes."""
+
+
+def release_digest(release: Release) -> str:
+    """One word for what the release is."""
+    return digest_of(release.identity())
 
 
 class Inputs:
@@ -46,9 +52,23 @@ class Inputs:
             )
         for name in ("tokens", "convert", "calibrate", "export"):
             self._disjoint(f"{name}.output", getattr(job, name).output)
+        self._apart()
         release = open_release(self.job.release)
         self.family.check(release)
         return release
+
+    def _apart(self) -> None:
+        """Every stage writes a folder of its own."""
+        names: dict[Path, str] = {}
+        for name in ("tokens", "convert", "calibrate", "export"):
+            folder = getattr(self.job, name).output
+            if (other := names.setdefault(folder.resolve(), name)) != name:
+                raise UsageError(
+                    "outputs-same",
+                    f"{other}.output and {name}.output are one folder",
+                    where=folder,
+                    way_out="give each stage a folder of its own",
+                )
 
     def _disjoint(self, name: str, folder: Path) -> None:
         source, target = self.job.release.resolve(), folder.resolve()
@@ -110,6 +130,13 @@ class Inputs:
                 "these amax were measured on made-up weights",
                 where=self.job.export.amax,
                 way_out="calibrate without dummy weights: --stage calibrate --restart",
+            )
+        if (measured := ledger.about.get("release")) not in (None, release_digest(self.release)):
+            raise DataError(
+                "amax-other-release",
+                f"these amax were measured on another release (its digest is {measured})",
+                where=self.job.export.amax,
+                way_out="calibrate this release, or point export.amax at its amax",
             )
         return ledger
 

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 
 def encode_prompt(release: Path, text: str) -> list[int]:
-    """Token ids of ``text``, at least one. DataError ``tokenizer-missing``; UsageError ``prompt-empty``."""
+    """Token ids of ``text``, at least one.
+
+    DataError ``tokenizer-missing``; UsageError ``prompt-empty``, ``prompt-text``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "prompt-text", "the prompt is not text", where="calibrate.generate", way_out="write it in UTF-8"
+        ) from None
     ids: list[int] = _tokenizer(release).encode(text).ids
     if not ids:
         raise UsageError("prompt-empty", "the prompt has no token", where="calibrate.generate", way_out="write a word")

@@ -13,7 +13,7 @@ from dsqjob.engine.claims import whoami
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest, Worker, in_words
 from dsqjob.engine.stage import GangStage, StageState
-from dsqjob.errors import DsqjobError, UsageError
+from dsqjob.errors import BugError, DsqjobError, UsageError
 from dsqjob.job.schema import Job
 from dsqjob.stages import build
 from dsqjob.stages.inputs import Inputs
@@ -72,6 +72,9 @@ def run_node(stage_name: str, index: int, rendezvous: str, attempt: str, job: Jo
             )
         except DsqjobError as error:
             _tell(log, stage_name, error)
+            raise
+        except Exception as error:
+            _tell(log, stage_name, BugError("bug", f"{type(error).__name__}: {error}"))
             raise
 
 

@@ -11,8 +11,9 @@ import torch
 
 from dsqjob.amax.ledger import LEDGER, load_ledger
 from dsqjob.amax.reference_import import read_files
+from dsqjob.miniature import write
 from tests.calibration.gangs import Gang, amax_of, calibration_job
-from tests.harness import digests, worker, write_job
+from tests.harness import digests, dsqjob, error_id, worker, write_job
 from tests.warm import Warm
 
 EXPERTS = [f"layers.{layer}.ffn.experts.{expert}" for layer in range(2) for expert in range(4)]
@@ -110,6 +111,18 @@ def test_coverage_names_the_experts_without_tokens_and_the_pictures_are_drawn(go
     for name in ("coverage.svg", "convergence.svg"):
         text = (golden_run / "work" / "reports" / name).read_text()
         assert text.startswith("<?xml") and "<svg" in text and text.endswith("</svg>\n")
+
+
+def test_amax_of_another_release_are_refused(tmp_path: Path, calm: Path) -> None:
+    """Told apart by config, index and headers, as everywhere: not by the weights themselves."""
+    other = tmp_path / "other"
+    write("deepseek-v4", other, seed=3, layers=2, experts=4, ratios=(0, 4, 0), vocab=384)
+    (other / "config.json").write_text(
+        (other / "config.json").read_text().replace('"rope_theta": 10000', '"rope_theta": 20000')
+    )
+    settings = {"export__amax": calm / "work" / "amax", "export__input_scale": "calibrated"}
+    done = dsqjob("plan", write_job(tmp_path / "job", other, **settings), code=65)
+    assert error_id(done) == "amax-other-release" and "amax" in done.stderr
 
 
 def test_the_ledger_and_our_dictionaries_export_the_same_checkpoint(tmp_path: Path, small: Path, calm: Path) -> None:

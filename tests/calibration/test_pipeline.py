@@ -17,6 +17,7 @@ from tests.harness import command, digests, dsqjob, error_id
 from tests.warm import CHECKOUT, Warm
 
 WHOLE = ("--through", "verify")
+PROMPT = "the wind \U0001f600 costs $5, or ${NOTHING}"
 
 
 def whole_job(folder: Path, release: Path, shape: tuple[int, int] = (2, 1)) -> Path:
@@ -50,14 +51,16 @@ def test_the_whole_job_runs_and_a_second_time_finds_everything_done(finished: Pa
 
 
 def test_a_prompt_is_continued_after_calibration_without_calibrating_again(finished: Path) -> None:
-    """Through the quantized forward; asked again, the answer is there."""
+    """Through the quantized forward; asked again, the answer is there. A prompt is the user's text, dollars and all."""
+    done = dsqjob("run", finished, "--stage", "calibrate", "--generate", "wind " * 1100, code=64)
+    assert error_id(done) == "prompt-too-long"
     before, measured = amax_of(finished.parent), len(seen(finished.parent, "unit-done", stage="calibrate"))
-    first = dsqjob("run", finished, "--stage", "calibrate", "--generate", "hello").stdout
-    assert "[generate] prompt: 'hello'" in first and "[generate] completion: " in first
+    first = dsqjob("run", finished, "--stage", "calibrate", "--generate", PROMPT).stdout
+    assert f"[generate] prompt: {PROMPT!r}" in first and "[generate] completion: " in first
     assert len(json.loads((finished.parent / "work" / "reports" / "generated.json").read_text())["ids"]) == 16
     assert amax_of(finished.parent) == before
     assert len(seen(finished.parent, "unit-done", stage="calibrate")) == measured
-    again = dsqjob("run", finished, "--stage", "calibrate", "--generate", "hello").stdout
+    again = dsqjob("run", finished, "--stage", "calibrate", "--generate", PROMPT).stdout
     assert "already done" in again
     assert [line for line in again.splitlines() if "[generate]" in line] == [
         line for line in first.splitlines() if "[generate]" in line
