@@ -71,7 +71,7 @@ class RankState:
 
     path: Path
     about: dict[str, str]
-    """What the state belongs to: the stage's fingerprint, driver, device, layers."""
+    """What the state belongs to: the stage's fingerprint, the driver, the rank."""
 
     def save(self, now: Snapshot, before: Snapshot, token: str) -> None:
         """Publish both; ``token`` marks the partial."""
