@@ -15,7 +15,7 @@ from dsqjob.engine.stage import GangStage, Record, Stage, StageState
 from dsqjob.engine.workspace import unique_token
 from dsqjob.errors import EXIT_CODES, BugError, DsqjobError, UsageError
 from dsqjob.launchers import LAUNCHERS
-from dsqjob.stages import GANGS, STAGES, build, pipeline
+from dsqjob.stages import MEASURING, STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
 
 
@@ -61,12 +61,12 @@ class WorkersFailed(DsqjobError):
 
 
 def selected(inputs: Inputs, stage: str | None, through: str | None) -> tuple[str, ...]:
-    """The stages that ``--stage`` and ``--through`` ask for."""
+    """The stages that ``--stage`` and ``--through`` ask for: those that the job needs, and the two that are named."""
     if stage is not None and through is None:
         return (stage,)
     first = STAGES.index(stage) if stage is not None else 0
     last = STAGES.index(through) if through is not None else len(STAGES)
-    order = pipeline(inputs, always=stage is not None or through in GANGS)
+    order = pipeline(inputs, always=not {stage, through}.isdisjoint(MEASURING))
     names = tuple(n for n in STAGES if first <= STAGES.index(n) <= last and (n == stage or n in order))
     if not names:
         raise UsageError(

@@ -13,6 +13,8 @@ STAGES = ("tokens", "convert", "calibrate", "export", "finalize", "verify")
 """In the order of the pipeline."""
 GANGS = ("calibrate",)
 """Those whose workers are the supervisors of a gang, one a node."""
+MEASURING = ("tokens", "calibrate")
+"""Those that a job without calibration has no need of."""
 
 
 def build(name: str, inputs: Inputs) -> Stage:
@@ -27,6 +29,6 @@ def pipeline(inputs: Inputs, *, always: bool = False) -> tuple[str, ...]:
     job = inputs.job
     measured = always or (job.export.input_scale == "calibrated" and job.export.amax == job.calibrate.output)
     converted = measured and job.calibrate.source == "mp" and job.calibrate.mp_checkpoint == job.convert.output
-    left_out = set() if measured else {"tokens", "calibrate"}
+    left_out = set() if measured else set(MEASURING)
     left_out |= set() if converted else {"convert"}
     return tuple(name for name in STAGES if name not in left_out)
