@@ -10,10 +10,11 @@ from dsqjob.errors import BugError
 from dsqjob.stages.calibrate import Calibrate
 
 
-def rank_state(stage: Calibrate, rank: int) -> RankState:
-    """Where a rank of the stage publishes what it has measured."""
+def rank_state(stage: Calibrate, rank: int, **computing: str) -> RankState:
+    """Where a rank of the stage publishes what it has measured, ``computing`` being with what it does."""
     path = stage.inputs.workspace.ranks(stage.name) / f"rank{rank}-mp{stage.n}.safetensors"
-    return RankState(path, {"fingerprint": stage.fingerprint.digest, "driver": "resident", "rank": str(rank)})
+    about = {"fingerprint": stage.fingerprint.digest, "driver": "resident", "rank": str(rank), **computing}
+    return RankState(path, about)
 
 
 def batch_tokens(stage: Calibrate) -> list[int]:

@@ -6,7 +6,8 @@ as well, a rank keeps the snapshot before its last batch, too: ranks are never f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dsqjob.checkpoint.header import Header, TensorSpec, encode, read_header
 from dsqjob.engine.publish import publish_bytes
 from dsqjob.errors import DataError
 
-_FORMAT = "dsqjob calibration state 1"
+_FORMAT = "dsqjob calibration state 2"
 _DTYPES = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}
 
 
@@ -70,8 +71,8 @@ class RankState:
     """The file of one rank: its newest snapshot and the one before."""
 
     path: Path
-    about: dict[str, str]
-    """What the state belongs to: the stage's fingerprint, the driver, the rank."""
+    about: Mapping[str, str]
+    """What the state belongs to: the stage's fingerprint, the driver, the rank; for who adds to it, what computes."""
 
     def save(self, now: Snapshot, before: Snapshot, token: str) -> None:
         """Publish both; ``token`` marks the partial."""
@@ -80,27 +81,40 @@ class RankState:
         dtypes = {kind: name for name, kind in _DTYPES.items()}
         ordered = sorted(arrays.items(), key=lambda pair: (-pair[1].itemsize, pair[0]))
         specs = [TensorSpec(name, dtypes[array.dtype.str], array.shape) for name, array in ordered]
+        body = b"".join(array.tobytes() for _, array in ordered)
         cursors = {"cursor": str(now.cursor), "before": str(before.cursor)}
-        head = encode(specs, {**self.about, **cursors, "format": _FORMAT})
+        facts = {**self.about, **cursors, "format": _FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        publish_bytes(self.path, head + b"".join(array.tobytes() for _, array in ordered), token)
+        publish_bytes(self.path, encode(specs, facts) + body, token)
 
     def load(self) -> dict[int, Snapshot]:
-        """Snapshots by cursor; none where the file is missing, damaged, or belongs to something else."""
-        if not self.path.exists():
+        """Snapshots by cursor; none where the file is missing, or cannot be used (``unusable`` says why)."""
+        if not self.path.exists() or self.unusable():
             return {}
-        try:
-            header, data = read_header(self.path), self.path.read_bytes()
-        except DataError:
-            return {}
+        header, data = read_header(self.path), self.path.read_bytes()
         metadata = dict(header.metadata or {})
-        if metadata.get("format") != _FORMAT or any(metadata.get(key) != value for key, value in self.about.items()):
-            return {}
         now = {name: _array(header, data, f"now.{name}") for name in (*_SHORT, *_LONG)}
         found = Snapshot(int(metadata["cursor"]), **now)
         before = {name: _array(header, data, f"before.{name}") for name in _SHORT}
         cursor = int(metadata["before"])
         return {cursor: Snapshot(cursor, **before, **{n: now[n][:cursor] for n in _LONG}), found.cursor: found}
+
+    def unusable(self) -> str:
+        """Why the file is of no use: damaged, or of something else; empty where it is missing or good."""
+        if not self.path.exists():
+            return ""
+        try:
+            header = read_header(self.path)
+        except DataError as error:
+            return error.what
+        metadata = dict(header.metadata or {})
+        wanted = {"format": _FORMAT, **self.about}
+        pairs = [(key, metadata.get(key), value) for key, value in wanted.items()]
+        if other := [f"{key} was {found}, is {value}" for key, found, value in pairs if found != value]:
+            return "; ".join(other)
+        body = self.path.read_bytes()[header.data_start :]
+        same = hashlib.sha256(body).hexdigest() == metadata.get("sha256")
+        return "" if same else "its bytes are not those that were written"
 
 
 _SHORT = ("input_amax", "tokens")

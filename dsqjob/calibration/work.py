@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from importlib.metadata import version
 
@@ -18,7 +19,7 @@ from dsqjob.calibration.leave import RankResult, leave
 from dsqjob.calibration.looking_back import batch_tokens, rank_state
 from dsqjob.calibration.memory import out_of_memory_in_words, refuse_full_device
 from dsqjob.calibration.resident import measure
-from dsqjob.calibration.snapshot import Snapshot, empty_snapshot, history_of
+from dsqjob.calibration.snapshot import RankState, Snapshot, empty_snapshot, history_of
 from dsqjob.calibration.together import broadcast, gather
 from dsqjob.calibration.vendor import build_model, import_code, model_args
 from dsqjob.calibration.wiring import wiring_class
@@ -54,6 +55,8 @@ class CalibrationWork:
         torch.set_num_threads(self.job.calibrate.threads)
         rank.phase("start", limits.rendezvous)
         device = claim_device(self.job.device, rank.index, rank.local)
+        computing = {"device": device.type, "torch": torch.__version__, "modelopt": version("nvidia-modelopt")}
+        state = rank_state(self.stage, rank.index, **computing)
         rank.join("nccl" if device.type == "cuda" else "gloo", device if device.type == "cuda" else None)
         holder = Claims(self.state.workspace.claims(self.stage.name)).holder(AMAX) if rank.index == 0 else None
         self.token = broadcast(str((holder or {}).get("token", unique_token())))
@@ -63,7 +66,7 @@ class CalibrationWork:
             rank.phase("load", limits.load)
             wiring = self._load(rank, device)
             rank.phase("batch", limits.batch)
-            snapshot = self._measure(rank, wiring)
+            snapshot = self._measure(rank, wiring, state)
             rank.phase("save", limits.save)
             self._leave(rank, wiring, snapshot)
             if device.type == "cuda":
@@ -113,15 +116,18 @@ class CalibrationWork:
         wiring.register(module)
         return wiring(model, args)
 
-    def _begin(self, rank: Rank, wiring: Wiring) -> Snapshot:
+    def _begin(self, rank: Rank, wiring: Wiring, state: RankState) -> Snapshot:
         """The newest snapshot that every rank has."""
+        if why := state.unusable():
+            print(f"{state.path} is not used: {why}", file=sys.stderr, flush=True)
+            rank.log.write("state-unusable", stage=self.stage.name, rank=rank.index, what=why, where=str(state.path))
         layers, experts = wiring.shape
-        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **rank_state(self.stage, rank.index).load()}
+        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **state.load()}
         return mine[max(set.intersection(*gather(set(mine))))]
 
-    def _measure(self, rank: Rank, wiring: Wiring) -> Snapshot:
-        begin, batches, name = self._begin(rank, wiring), self.batches, self.stage.name
-        state, log = rank_state(self.stage, rank.index), rank.log
+    def _measure(self, rank: Rank, wiring: Wiring, state: RankState) -> Snapshot:
+        begin, batches, name = self._begin(rank, wiring, state), self.batches, self.stage.name
+        log = rank.log
         tokens = sum(batch.numel() for batch in batches)
         if rank.index == 0:
             log.write(

@@ -36,7 +36,7 @@ class TensorScales:
 
     def amax(self, op: Requantize) -> float:
         """The plan's amax, or the largest magnitude of all sharing projections."""
-        return op.amax if op.amax is not None else max(self._largest(source) for source in op.sharing)
+        return op.amax if op.amax is not None else max(self.largest(source) for source in op.sharing)
 
     def exponent(self, sharing: tuple[Mxfp4, ...]) -> int | None:
         """Largest block exponent of all projections, None where every scale byte is 0."""
@@ -52,7 +52,8 @@ class TensorScales:
             self._exponents[source.path] = max((k for k in found if k is not None), default=None)
         return self._exponents[source.path]
 
-    def _largest(self, source: Mxfp4) -> float:
+    def largest(self, source: Mxfp4) -> float:
+        """Largest magnitude of one projection."""
         if source.path not in self._amax:
             largest = 0.0
             for row, piece in self._sources.chunks(source.weight, COMPUTE_BYTES):

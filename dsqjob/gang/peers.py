@@ -167,10 +167,9 @@ class Peers:
     def _read(self, index: int, now: float, first: bool) -> None:
         with self._path(index).open("rb") as stream:
             status = os.fstat(stream.fileno())
-            try:
-                word = json.loads(stream.read())
-            except ValueError:  # its writer is at it
-                return
+            word = _word(stream.read())
+        if word is None:
+            return
         stamp, old = (status.st_ino, status.st_mtime_ns), self._seen.get(index)
         if old is not None and old.stamp == stamp:
             return
@@ -182,5 +181,23 @@ class Peers:
         if self._seen[index].lives:
             self.asked = self.asked or word["asked"]
             if word["report"] is not None:
-                endings = tuple(Ending(**ending) for ending in word["report"]["endings"])
-                self.reports[index] = Report(word["report"]["asked"], endings, word["report"]["well"])
+                self.reports[index] = word["report"]
+
+
+def _word(data: bytes) -> dict[str, Any] | None:
+    """A node's word, its report built; None while its writer is at it, or where it is in no form that we know."""
+    try:
+        word: dict[str, Any] = json.loads(data)
+        kept: dict[str, Any] = {
+            "token": str(word["token"]),
+            "host": str(word["host"]),
+            "asked": str(word["asked"]),
+            "report": None,
+        }
+        kept["seen"] = dict(word["seen"])
+        if (report := word["report"]) is not None:
+            endings = tuple(Ending(**ending) for ending in report["endings"])
+            kept["report"] = Report(str(report["asked"]), endings, bool(report["well"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return kept

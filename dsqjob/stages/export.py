@@ -8,14 +8,19 @@ from functools import cached_property
 
 from dsqjob.checkpoint.header import Entry
 from dsqjob.dataplan.file_sink import pour_file
+from dsqjob.dataplan.plan import Cast, Requantize
+from dsqjob.dataplan.projections import TensorScales
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
 from dsqjob.engine.stage import Context, Done, Output, PooledStage, Unit
+from dsqjob.errors import DataError
 from dsqjob.stages.inputs import FORMAT_VERSION, Inputs
 from dsqjob.stages.provenance import recorded_files
 
 _ENOUGH = 3
 """Files of recorded size that make a folder ours: one might be a coincidence, all would forbid mending."""
+_SAMPLE = 8
+"""Projections whose recorded weight amax are compared before anything is written; verify compares all."""
 
 
 class Export(PooledStage):
@@ -54,6 +59,28 @@ class Export(PooledStage):
                 "format": FORMAT_VERSION,
             }
         )
+
+    def check(self) -> None:
+        """DataError ``amax-other-weights`` where a recorded weight amax is not that of the weight."""
+        ledger = self._inputs.ledger
+        rows = {} if ledger is None else {path: row.weight_amax for path, row in ledger.rows.items() if row.weight_amax}
+        sample = set(list(rows)[:: -(-len(rows) // _SAMPLE)]) if rows else set()
+        shards = {target.shard for target in self._inputs.targets() if target.path in sample} if sample else set()
+        for shard in sorted(shards):
+            plan = self._inputs.family.export_file(self._inputs.release, shard, self._inputs.route, None)
+            with Sources(self._inputs.release.root) as sources:
+                for op in (item.op for item in plan.items):
+                    if isinstance(op, Cast | Requantize) and op.source.path in sample:
+                        self._compare(op.source.path, rows[op.source.path], TensorScales(sources).largest(op.source))
+
+    def _compare(self, path: str, recorded: float | None, found: float) -> None:
+        if recorded != found:
+            raise DataError(
+                "amax-other-weights",
+                f"the largest weight of {path} is {found}, calibration recorded {recorded}: it saw other weights",
+                where=self._inputs.job.export.amax,
+                way_out="calibrate this release, or point export.amax at its amax",
+            )
 
     def do(self, unit: Unit, context: Context) -> Done:
         inputs = self._inputs

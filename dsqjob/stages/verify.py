@@ -119,7 +119,8 @@ class Verify(PooledStage):
             return Expected(route, "one")
         rows = {path: (row.input_amax, row.weight_amax) for path, row in inputs.ledger.rows.items()}
         weight, measured = settle(rows, routed_projections(inputs.release))
-        return Expected(route, "calibrated", weight, measured)
+        recorded = {path: value for path, (_, value) in rows.items() if value is not None}
+        return Expected(route, "calibrated", weight, measured, recorded)
 
     def _files(self) -> dict[str, list[int]]:
         paths = sorted(path for path in self.checkpoint.rglob("*") if path.is_file())

@@ -72,7 +72,7 @@ class ProjectionCheck:
             done.findings.append(self._finding("source-unusable", what, f"{path}.weight"))
             return done
         if self._is_nvfp4(path) and self._shard.entry(f"{path}.weight").shape == (source.rows, source.half):
-            done = self._recompute(path, source, scale_2, facts)
+            done = self._recompute(path, source, expected, scale_2, facts)
         else:
             done = self._look(path, facts)._replace(findings=[])
         done.findings.extend(self._compare(f"{path}.weight_scale_2", scale_2, facts.weight_scale_2))
@@ -148,11 +148,14 @@ class ProjectionCheck:
             if bits is not None and not (math.isfinite(value := float_of(bits)) and value > 0):
                 yield self._finding("scale-unusable", f"is {value!r}, not finite and positive", f"{path}.{name}")
 
-    def _recompute(self, path: str, source: Source, scale_2: np.float32, facts: ScaleFacts) -> Checked:
+    def _recompute(
+        self, path: str, source: Source, expected: Expected, scale_2: np.float32, facts: ScaleFacts
+    ) -> Checked:
         from dsqjob.verify import plain
 
         cast, k_max = self._is_cast(), self._exponent(path) or 0
-        counts, lossless = np.zeros(3, np.int64), 0
+        counts, lossless, largest = np.zeros(3, np.int64), 0, 0.0
+        recorded = expected.recorded.get(path)
         worst: dict[str, tuple[int, Mismatch]] = {}
         for begin, count in source.pieces(2 * source.half + source.half // 16 + source.half // 8, self._chunk):
             theirs = source.nibbles.rows(f"{path}.weight", begin, count)
@@ -163,6 +166,7 @@ class ProjectionCheck:
             else:
                 done = plain.check_requantize(theirs, e8m0, nibbles, scales, scale_2)
             lossless += done.lossless
+            largest = max(largest, plain.amax_of(theirs, e8m0)) if recorded is not None else 0.0
             counts += plain.sanity_of(nibbles, scales)
             for name, found in (("weight_scale", done.scales), ("weight", done.nibbles)):
                 if found is not None:
@@ -173,6 +177,9 @@ class ProjectionCheck:
             self._finding(f"{name.replace('_', '-')}-differs", _differs(name, *mismatch), f"{path}.{name}")
             for name, mismatch in worst.items()
         ]
+        if recorded is not None and recorded != largest:
+            what = f"the largest weight is {largest!r}, calibration recorded {recorded!r}: it saw other weights"
+            findings.append(self._finding("amax-other-weights", what, f"{path}.weight"))
         facts = facts._replace(nan=int(counts[0]), negative=int(counts[1]), zero=int(counts[2]))
         return Checked(findings, facts, source.rows * source.half // 16 if cast else 0, lossless if cast else 0)
 

@@ -19,13 +19,15 @@ class Expected:
     """How the checkpoint was to be made.
 
     ``weight_amax`` and ``input_amax`` are by projection path, after all merging; a weight amax that is None or absent
-    is taken from the weights. ``input_amax`` is read with ``input_scale: calibrated`` only.
+    is taken from the weights. ``input_amax`` is read with ``input_scale: calibrated`` only. ``recorded`` are the weight
+    amax of each projection alone, as measured.
     """
 
     weights: Literal["cast", "requantize"]
     input_scale: Literal["calibrated", "one"]
     weight_amax: Mapping[str, float | None] = field(default_factory=dict)
     input_amax: Mapping[str, float] = field(default_factory=dict)
+    recorded: Mapping[str, float] = field(default_factory=dict)
 
 
 def peers(path: str) -> tuple[str, ...]:

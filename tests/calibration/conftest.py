@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsqjob.miniature import write
-from tests.calibration.gangs import TEXT, Gang, calibration_job, write_holding_code
+from tests.calibration.gangs import TEXT, Gang, Holds, calibration_job, write_holding_code
 from tests.harness import worker, write_job
 from tests.warm import Warm
 
@@ -85,3 +85,15 @@ def holding(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     folder = tmp_path_factory.mktemp("holding") / "inference"
     write_holding_code(folder, small)
     return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path, small: Path, small_tokens: Path, holding: Path) -> Path:
+    """24 batches of one sample on two nodes, whose ranks can be held."""
+    settings = {"calibrate__batch_size": 1, "inference_dir": holding}
+    return calibration_job(tmp_path / "job", small, small_tokens, **settings)
+
+
+@pytest.fixture
+def holds(tmp_path: Path) -> Holds:
+    return Holds(tmp_path / "holds")

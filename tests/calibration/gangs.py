@@ -166,3 +166,12 @@ class Holds:
     def release(self) -> None:
         for path in self._folder.iterdir():
             path.unlink()
+
+
+BATCHES = [f"batch-{number}" for number in range(24)]
+"""Those of the fixture ``job``."""
+
+
+def done(job: Path) -> list[str]:
+    """Batches in the order in which they were finished, those that ran twice too."""
+    return [event["unit"] for event in seen(job.parent, "unit-done", stage="calibrate")]

@@ -13,28 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.calibration.bad import overwrite
-from tests.calibration.gangs import Gang, Holds, amax_of, calibration_job, seen, wait_until
+from tests.calibration.gangs import BATCHES, Gang, Holds, amax_of, calibration_job, done, seen, wait_until
 from tests.warm import Warm
 
-BATCHES = [f"batch-{number}" for number in range(24)]
-
 
 @pytest.fixture
-def job(tmp_path: Path, small: Path, small_tokens: Path, holding: Path) -> Path:
-    """24 batches of one sample on two nodes, whose ranks can be held; nodes are not waited for long."""
-    settings = {"calibrate__batch_size": 1, "inference_dir": holding, "calibrate__timeouts": {"silence": 6}}
-    return calibration_job(tmp_path / "job", small, small_tokens, **settings)
-
-
-@pytest.fixture
-def holds(tmp_path: Path) -> Holds:
-    return Holds(tmp_path / "holds")
-
-
-def done(job: Path) -> list[str]:
-    return [event["unit"] for event in seen(job.parent, "unit-done", stage="calibrate")]
+def job(job: Path) -> Path:
+    """Nodes are not waited for long."""
+    settings = yaml.safe_load(job.read_text())
+    settings["calibrate"]["timeouts"] = {"silence": 6}
+    job.write_text(yaml.safe_dump(settings))
+    return job
 
 
 def held(warm: Warm, job: Path, holds: Holds, place: str, rank: int) -> Gang:

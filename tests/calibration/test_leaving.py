@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_coverage_names_the_experts_without_tokens_and_the_pictures_are_drawn(go
 
 
 def test_amax_of_another_release_are_refused(tmp_path: Path, calm: Path) -> None:
-    """Told apart by config, index and headers, as everywhere: not by the weights themselves."""
+    """Told apart by config, index and headers first."""
     other = tmp_path / "other"
     write("deepseek-v4", other, seed=3, layers=2, experts=4, ratios=(0, 4, 0), vocab=384)
     (other / "config.json").write_text(
@@ -123,6 +124,28 @@ def test_amax_of_another_release_are_refused(tmp_path: Path, calm: Path) -> None
     settings = {"export__amax": calm / "work" / "amax", "export__input_scale": "calibrated"}
     done = dsqjob("plan", write_job(tmp_path / "job", other, **settings), code=65)
     assert error_id(done) == "amax-other-release" and "amax" in done.stderr
+
+
+@pytest.mark.parametrize("dictionaries", [False, True])
+def test_amax_of_other_weights_are_refused_before_anything_is_written(
+    tmp_path: Path, calm: Path, dictionaries: bool
+) -> None:
+    """A release of the same shape passes for this one by its headers; recorded weight maxima tell, in ledger and in
+    dictionaries, under the cast, which has no use for them."""
+    other, amax = tmp_path / "other", calm / "work" / "amax"
+    write("deepseek-v4", other, seed=4, layers=2, experts=4, ratios=(0, 4, 0), vocab=384)
+    if dictionaries:
+        amax = tmp_path / "plain"
+        amax.mkdir()
+        for path in rank_files(calm):
+            shutil.copy(path, amax)
+    settings = {"export__amax": amax, "export__input_scale": "calibrated"}
+    job = write_job(tmp_path / "job", other, **settings)
+    for command in (("plan", job), ("run", job, "--stage", "export")):
+        done = dsqjob(*command, code=65)
+        assert error_id(done) == "amax-other-weights", done.stderr
+        assert "it saw other weights" in done.stderr and str(amax) in done.stderr
+    assert not (tmp_path / "job" / "out").exists()
 
 
 def test_the_ledger_and_our_dictionaries_export_the_same_checkpoint(tmp_path: Path, small: Path, calm: Path) -> None:

@@ -7,28 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.calibration.gangs import Gang, Holds, amax_of, calibration_job, seen
+from tests.calibration.gangs import BATCHES, Gang, Holds, amax_of, done, seen
 from tests.harness import dsqjob
 from tests.warm import Warm
-
-BATCHES = [f"batch-{number}" for number in range(24)]
-
-
-@pytest.fixture
-def job(tmp_path: Path, small: Path, small_tokens: Path, holding: Path) -> Path:
-    """24 batches of one sample on two nodes, whose ranks can be held."""
-    settings = {"calibrate__batch_size": 1, "inference_dir": holding}
-    return calibration_job(tmp_path / "job", small, small_tokens, **settings)
-
-
-@pytest.fixture
-def holds(tmp_path: Path) -> Holds:
-    return Holds(tmp_path / "holds")
-
-
-def done(job: Path) -> list[str]:
-    return [event["unit"] for event in seen(job.parent, "unit-done", stage="calibrate")]
 
 
 @pytest.mark.parametrize(("number", "node"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR2, 0)], ids=str)
@@ -48,7 +31,7 @@ def test_a_signal_ends_both_nodes_with_75_and_only_the_rest_runs_again(
     assert amax_of(job.parent) == amax_of(calm)
 
 
-@pytest.mark.parametrize("damage", ["cut", "anothers", "older"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "anothers", "older", "torch"])
 def test_a_state_that_cannot_be_used_begins_again(warm: Warm, job: Path, holds: Holds, calm: Path, damage: str) -> None:
     """Both ranks of one node here; rank 1's file is spoiled."""
     holds.set("forward-2", 0)
@@ -65,10 +48,16 @@ def test_a_state_that_cannot_be_used_begins_again(warm: Warm, job: Path, holds: 
         case "anothers":
             state.write_bytes((calm / "work" / "state" / "calibrate" / "ranks" / state.name).read_bytes())
         case "older":
-            state.write_bytes(data.replace(b"calibration state 1", b"calibration state 0"))
+            state.write_bytes(data.replace(b"calibration state 2", b"calibration state 1"))
+        case "flipped":
+            state.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])
+        case "torch":
+            state.write_bytes(data.replace(f'"{torch.__version__}"'.encode(), f'"{torch.__version__[:-1]}~"'.encode()))
     assert state.read_bytes() != data
     Gang(warm, alone, 1, attempt="2").end(0)
     assert done(job) == [*BATCHES[:2], *BATCHES]
+    (why,) = seen(job.parent, "state-unusable")
+    assert why["rank"] == 1 and why["where"] == str(state)
     assert amax_of(job.parent) == amax_of(calm)
 
 

@@ -121,12 +121,15 @@ def make_pair(golden: Path, folder: Path, route: str) -> Pair:
     (checkpoint / "README.md").write_text("# A model card\n")
     index_again(checkpoint)
     opened = open_release(release)
-    weight, inputs = settle(measured(golden / "amax-mp2"), routed_projections(opened))
+    rows = measured(golden / "amax-mp2")
+    weight, inputs = settle(rows, routed_projections(opened))
+    recorded = {path: value for path, (_, value) in rows.items() if value is not None}
     papers: dict[str, Any] = {"release": opened.identity(), "weights": route, "input_scale": "calibrated"}
     papers["cast"] = {"blocks": 73728, "lossless": 73726} if route == "cast" else None
     (checkpoint / "dsqjob.json").write_text(json.dumps(papers, indent=2))
     sums_again(checkpoint)
-    return Pair(release, checkpoint, Expected(route, "calibrated", weight, inputs))  # type: ignore[arg-type]
+    expected = Expected(route, "calibrated", weight, inputs, recorded)  # type: ignore[arg-type]
+    return Pair(release, checkpoint, expected)
 
 
 def restore_zero_signs(ours: Shard, source: Shard) -> None:

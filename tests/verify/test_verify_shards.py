@@ -128,7 +128,9 @@ def test_a_projection_without_any_scale_above_zero_has_exponent_zero(pairs: dict
     edit_shard(release / home, fill(weight=b"\x80", scale=b"\x00"))
     scale_2 = np.float32(2.0**-8).tobytes()
     edit_shard(pair.checkpoint / home, fill(weight=b"\x80", weight_scale=b"\x01", weight_scale_2=scale_2))
-    found = list(check_shards(pair._replace(release=release), open_release(release), only=home))
+    unmeasured = {path: value for path, value in pair.expected.recorded.items() if path != name}
+    changed = pair._replace(release=release, expected=replace(pair.expected, recorded=unmeasured))
+    found = list(check_shards(changed, open_release(release), only=home))
     assert [one for report in found for one in report.findings] == []
 
 
@@ -205,3 +207,15 @@ def test_unusable_block_scales_are_found_without_the_release(
     found = verify(pair, alone=True).findings
     assert places(found) == {("scale-unusable", shard, name)}
     assert what in found[0].what
+
+
+@pytest.mark.parametrize("route", ["cast", "requantize"])
+def test_a_recorded_weight_amax_that_is_not_the_weights_is_named(pairs: dict[str, Pair], route: str) -> None:
+    """Every projection's own, also that of the smaller of two which share a scale."""
+    pair = pairs[route]
+    release, recorded = open_release(pair.release), pair.expected.recorded
+    path = min((f"{EXPERT}.w1", f"{EXPERT}.w3"), key=lambda name: recorded[name])
+    wrong = pair._replace(expected=replace(pair.expected, recorded={**recorded, path: recorded[path] * 1.0625}))
+    found = [finding for report in check_shards(wrong, release) for finding in report.findings]
+    assert [(finding.id, finding.tensor) for finding in found] == [("amax-other-weights", f"{path}.weight")]
+    assert f"calibration recorded {recorded[path] * 1.0625!r}" in found[0].what

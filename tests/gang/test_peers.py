@@ -1,0 +1,55 @@
+"""What supervisors tell each other, where a file that is no word of ours lies among theirs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsqjob.gang.ending import Ending, Report
+from dsqjob.gang.node import Limits, Node
+from dsqjob.gang.peers import Peers
+
+LIMITS = Limits(rendezvous=10, silence=5)
+GOOD = {"token": "t", "host": "h", "seen": {}, "asked": "", "report": None}
+STRANGE = [
+    [],
+    {"version": 2},
+    {**GOOD, "seen": 3},
+    {**GOOD, "report": {"asked": "", "well": True, "endings": [{"another": "release"}]}},
+    {**GOOD, "report": {"endings": []}},
+    {**GOOD, "report": "done"},
+]
+
+
+def peers(folder: Path, index: int) -> Peers:
+    return Peers(folder, Node(index, 2, 1, "127.0.0.1:1", "a", "job"), f"host{index}", LIMITS)
+
+
+def within(seconds: float, true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("word", STRANGE, ids=str)
+def test_a_file_that_is_no_word_of_ours_says_nothing_and_stops_nobody(tmp_path: Path, word: object) -> None:
+    here, there = peers(tmp_path, 0), peers(tmp_path, 1)
+    here.open()
+    try:
+        (tmp_path / "node1.json").write_text(json.dumps(word))
+        within(10, lambda: here.told)
+        time.sleep(1)  # two looks
+        assert here.missing == [1] and not here.reports
+        there.open()
+        within(10, lambda: here.hosts == {1: "host1"} and there.hosts == {0: "host0"})
+        there.publish(Report("SIGTERM", (Ending(75, rank=1),), well=False))
+        within(10, lambda: here.reports)
+        assert here.reports[1].endings[0].code == 75 and here.reports[1].asked == "SIGTERM"
+    finally:
+        here.close()
+        there.close()
