@@ -142,6 +142,8 @@ def run_stage(
         stage.settle()
     else:
         stage.check()
+        if isinstance(stage, GangStage):
+            state.refuse_running()
         state.check_disk()
         state.begin()
         if isinstance(stage, GangStage):

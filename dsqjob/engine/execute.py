@@ -39,6 +39,7 @@ class StopRequest:
         """``grace``: seconds from a signal to the hard exit; None where this process must outlive others."""
         self.grace = grace
         self.signal: signal.Signals | None = None
+        self._parent, self._orphaned = os.getppid(), False
         self._closed = threading.Event()
 
     @contextmanager
@@ -66,17 +67,25 @@ class StopRequest:
         while not self._closed.is_set():
             heard = signal.sigtimedwait(STOP_SIGNALS, _LISTEN)
             if heard is not None and self.signal is None:
+                self._orphaned = heard.si_pid == self._parent != os.getppid()
                 self.signal = signal.Signals(heard.si_signo)
             if self.signal is not None and heard_at is None:
                 heard_at = time.monotonic()
             if heard_at is not None and self.grace is not None and time.monotonic() - heard_at > self.grace:
                 os._exit(Interrupted.exit_code)
 
+    @property
+    def cause(self) -> str:
+        """The signal by name, or what stands behind it; empty where none came."""
+        if self._orphaned:
+            return f"the end of its launcher (process {self._parent})"
+        return self.signal.name if self.signal is not None else ""
+
     def check(self) -> None:
         """Raises Interrupted once a signal came."""
         if self.signal is not None:
             raise Interrupted(
-                "interrupted", f"stopped by {self.signal.name}", way_out="run the same command again: it resumes"
+                "interrupted", f"stopped by {self.cause}", way_out="run the same command again: it resumes"
             )
 
 

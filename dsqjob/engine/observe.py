@@ -77,7 +77,9 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
                 moving.pop(event["unit"], None)
             case "error":
                 seen.state = "interrupted" if event.get("code") == 75 else "failed"
-                seen.error = f"[{event.get('id')}] {event.get('what')} ({event.get('where')})"
+                seen.error = f"[{event.get('id')}] {event.get('what')}" + (
+                    f" ({event['where']})" if event.get("where") else ""
+                )
             case "stage-done":
                 seen.state, seen.error = "done", ""
     seen.units_done = len(done)

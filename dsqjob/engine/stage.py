@@ -233,6 +233,21 @@ class StageState:
         """Units without a valid record."""
         return [unit for unit in self.stage.units if self.record(unit) is None]
 
+    def refuse_running(self) -> None:
+        """UsageError ``gang-running`` where a process that lives, and that this one can see, holds a unit."""
+        claims = Claims(self.workspace.claims(self.stage.name))
+        for holder in filter(claims.nearby, claims.alive()):
+            raise self.running(holder)
+
+    def running(self, holder: Mapping[str, Any]) -> UsageError:
+        """The refusal of a second gang."""
+        return UsageError(
+            "gang-running",
+            f"another gang is at work: process {holder.get('pid')} on {holder.get('host')}",
+            where=self.workspace.claims(self.stage.name),
+            way_out="wait for it, or stop it first",
+        )
+
     def check_disk(self) -> None:
         """UsageError ``disk-too-small`` where the missing units do not fit on the output's file system."""
         need = sum(unit.bytes_out for unit in self.missing())

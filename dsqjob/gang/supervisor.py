@@ -173,7 +173,7 @@ class _Supervisor:
         """Which signal asked the gang to stop, and where."""
         if not self._asked:
             if self._stop.signal is not None:
-                self._asked = f"{self._stop.signal.name} on {self._host} (node {self._node.index})"
+                self._asked = f"{self._stop.cause} on {self._host} (node {self._node.index})"
             self._asked = self._asked or self._peers.asked
             if self._asked:
                 self._asked_at = time.monotonic()

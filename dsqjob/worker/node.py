@@ -14,7 +14,7 @@ from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.stage import GangStage, StageState
 from dsqjob.engine.workspace import Workspace
-from dsqjob.errors import DsqjobError, UsageError
+from dsqjob.errors import DsqjobError
 from dsqjob.gang.node import Limits, Node, Places
 from dsqjob.gang.preflight import probe_storage
 from dsqjob.gang.supervisor import supervise
@@ -90,12 +90,7 @@ def _take(claims: Claims, state: StageState, stop: StopRequest) -> Claim:
         stop.check()
         holder = claims.holder(unit.id) or {}
         if claims.nearby(holder) or time.monotonic() > deadline:
-            raise UsageError(
-                "gang-running",
-                f"another gang is at work: process {holder.get('pid')} on {holder.get('host')}",
-                where=claims.folder,
-                way_out="wait for it, or stop it first",
-            )
+            raise state.running(holder)
         time.sleep(1)
     claim, dead = taken
     for token in dead:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.calibration.gangs import BATCHES, Gang, Holds, amax_of, done, seen
-from tests.harness import dsqjob
+from tests.harness import dsqjob, error_id
 from tests.warm import Warm
 
 
@@ -75,6 +75,9 @@ def test_status_tells_of_a_gang_at_work(warm: Warm, job: Path, holds: Holds, cal
     assert (stage["units"], stage["units_done"]) == (24, 5)
     assert stage["bytes"] == 24 * stage["bytes_done"] / 5 and stage["rate"] > 0 and stage["seconds_left"] > 0
 
+    begun = len(seen(job.parent, "gang"))
+    assert error_id(dsqjob("run", job, "--stage", "calibrate", code=64)) == "gang-running"
+    assert len(seen(job.parent, "gang")) == begun  # before a supervisor was started
     second = Gang(warm, job, 1, "--nodes", 2, attempt="2")
     said = second.end(64)
     assert "[gang-running]" in said and "way out: wait for it" in said

@@ -116,6 +116,8 @@ def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, miniature: Pat
     run.kill()
     run.wait()
     wait_until(lambda: of_job(job) == [], 10)
+    said = dsqjob("status", job).stdout
+    assert "interrupted" in said and f"stopped by the end of its launcher (process {run.pid})\n" in said
     subprocess.run(command("run", job, "--stage", "export"), check=True, capture_output=True, timeout=120)
 
 
