@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -116,8 +117,6 @@ def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, miniature: Pat
     run.kill()
     run.wait()
     wait_until(lambda: of_job(job) == [], 10)
-    said = dsqjob("status", job).stdout
-    assert "interrupted" in said and f"stopped by the end of its launcher (process {run.pid})\n" in said
     subprocess.run(command("run", job, "--stage", "export"), check=True, capture_output=True, timeout=120)
 
 
@@ -131,3 +130,30 @@ def test_a_worker_that_is_killed_is_a_peers_fault(tmp_path: Path, miniature: Pat
     _, said = run.communicate(timeout=60)
     assert run.returncode == code, said
     assert code == 0 or ("SIGKILL" in said and str(pid) in said)
+
+
+CHILD = """
+import sys, time
+from dsqjob.engine.execute import StopRequest
+from dsqjob.worker import die_with_parent
+die_with_parent()
+stop = StopRequest()
+with stop.listening():
+    print("ready", flush=True)
+    while not stop.cause:
+        time.sleep(0.05)
+    print(stop.cause, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_the_end_of_a_launcher_is_told_from_a_signal(number: signal.Signals) -> None:
+    """The kernel sends SIGTERM when a launcher dies; it is not what a scheduler's SIGTERM is."""
+    launch = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {CHILD!r}]); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", launch], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+        (child,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(launcher.pid if number == signal.SIGKILL else int(child), number)
+        heard = launcher.stdout.readline()
+        launcher.kill()
+    assert heard == ("SIGTERM\n" if number == signal.SIGTERM else f"the end of its launcher (process {launcher.pid})\n")
