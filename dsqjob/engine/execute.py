@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -24,6 +25,7 @@ GRACE = 6.0
 """Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
 for."""
 _LISTEN = 0.2
+_PR_GET_PDEATHSIG = 2
 _FIRST_PAUSE = 0.05
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -39,7 +41,7 @@ class StopRequest:
         """``grace``: seconds from a signal to the hard exit; None where this process must outlive others."""
         self.grace = grace
         self.signal: signal.Signals | None = None
-        self._parent, self._orphaned = os.getppid(), False
+        self._parent = os.getppid()
         self._closed = threading.Event()
 
     @contextmanager
@@ -67,7 +69,6 @@ class StopRequest:
         while not self._closed.is_set():
             heard = signal.sigtimedwait(STOP_SIGNALS, _LISTEN)
             if heard is not None and self.signal is None:
-                self._orphaned = heard.si_pid == self._parent != os.getppid()
                 self.signal = signal.Signals(heard.si_signo)
             if self.signal is not None and heard_at is None:
                 heard_at = time.monotonic()
@@ -77,7 +78,7 @@ class StopRequest:
     @property
     def cause(self) -> str:
         """The signal by name, or what stands behind it; empty where none came."""
-        if self._orphaned:
+        if self.signal == signal.SIGTERM and os.getppid() != self._parent and _dies_with_parent():
             return f"the end of its launcher (process {self._parent})"
         return self.signal.name if self.signal is not None else ""
 
@@ -87,6 +88,12 @@ class StopRequest:
             raise Interrupted(
                 "interrupted", f"stopped by {self.cause}", way_out="run the same command again: it resumes"
             )
+
+
+def _dies_with_parent() -> bool:
+    asked = ctypes.c_int()
+    ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(asked))
+    return asked.value != 0
 
 
 class _UnitContext(Context):
