@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -78,7 +79,8 @@ def _stop_here(workspace: Workspace, stage: str) -> int:
         elif read_handle(workspace, stage) is None:
             click.echo(f"{stage}: process {holder.get('pid')} on {holder.get('host')} must be stopped there")
     for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
         click.echo(f"{stage}: process {pid} is asked to stop")
     return len(pids)
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dsqjob.engine.execute import StopRequest
@@ -73,27 +73,16 @@ def _wait(
     workers: list[WorkerProcess], max_faults: int, stop: StopRequest, watch: Callable[[], None]
 ) -> tuple[int, str]:
     running, codes, faults = list(workers), {0: ""}, 0
-    while running:
-        time.sleep(_TICK)
-        watch()
-        if stop.signal is not None:
-            _stop_all(running, stop.signal, _KILL_AFTER)
-            return Interrupted.exit_code, f"stopped by {stop.signal.name}; the same command resumes"
-        for worker in list(running):
-            code = worker.process.poll()
-            if code is None:
-                continue
-            running.remove(worker)
-            code, reason = _understood(worker, code)
+    for ended in _ticks(running, stop, watch, _KILL_AFTER):
+        for worker, code, said in ended:
             if code == PeerError.exit_code and faults < max_faults:
                 faults += 1
                 worker.start()
                 running.append(worker)
             elif code:
-                codes.setdefault(code, reason)
+                codes.setdefault(code, said)
                 _stop_all(running, signal.SIGTERM, _KILL_AFTER)
-    worst = min(codes, key=_SEVERITY.index)
-    return worst, codes[worst]
+    return _outcome(codes, stop)
 
 
 def run_gang(
@@ -131,21 +120,38 @@ def _wait_together(
     supervisors: list[WorkerProcess], patience: float, stop: StopRequest, watch: Callable[[], None]
 ) -> tuple[int, str]:
     """The worst code once all have ended, or a while after the first one failed."""
-    codes: dict[int, str] = {0: ""}
-    running, deadline = list(supervisors), float("inf")
-    while running and time.monotonic() < deadline:
+    codes, deadline = {0: ""}, float("inf")
+    for ended in _ticks(list(supervisors), stop, watch, _GANG_KILL_AFTER):
+        for _, code, said in ended:
+            codes.setdefault(code, said)
+            if code:
+                deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() > deadline:
+            break
+    return _outcome(codes, stop)
+
+
+def _ticks(
+    running: list[WorkerProcess], stop: StopRequest, watch: Callable[[], None], grace: float
+) -> Iterator[list[tuple[WorkerProcess, int, str]]]:
+    """Every tick those that have ended, taken out of ``running``, with their codes and what they said; until none runs,
+    or ``stop`` was asked and all have been stopped."""
+    while running:
         time.sleep(_TICK)
         watch()
         if stop.signal is not None:
-            _stop_all(running, stop.signal, _GANG_KILL_AFTER)
-            return Interrupted.exit_code, f"stopped by {stop.signal.name}; the same command resumes"
-        for supervisor in list(running):
-            if (code := supervisor.process.poll()) is not None:
-                running.remove(supervisor)
-                code, reason = _understood(supervisor, code)
-                codes.setdefault(code, reason)
-                if code:
-                    deadline = min(deadline, time.monotonic() + patience)
+            _stop_all(running, stop.signal, grace)
+            return
+        ended = [(worker, code) for worker in running if (code := worker.process.poll()) is not None]
+        for worker, _ in ended:
+            running.remove(worker)
+        yield [(worker, *_understood(worker, code)) for worker, code in ended]
+
+
+def _outcome(codes: dict[int, str], stop: StopRequest) -> tuple[int, str]:
+    """Exit code and words: of a signal to this process, or of the worst that a worker ended with."""
+    if stop.signal is not None:
+        return Interrupted.exit_code, f"stopped by {stop.signal.name}; the same command resumes"
     worst = min(codes, key=_SEVERITY.index)
     return worst, codes[worst]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -212,3 +215,14 @@ def wrong_models_are_refused(release: str, scratch: str) -> None:
         with Sources(opened.root) as sources:
             plan, parameters = family(FAMILY).mp_file(opened, 0, 1), parameters_of(model)
             _refused(partial(fill, plan, parameters, sources, tick=lambda _: None), cause, ".")
+
+
+def another_module_of_that_name_is_refused(release: str, scratch: str) -> None:
+    """A library that brought a ``kernel`` of its own is there before the vendor's."""
+    elsewhere = ModuleType("kernel")
+    elsewhere.__file__ = f"{scratch}/kernel.py"
+    code = Path(release) / "inference"
+    names = re.findall(r"^def (\w+)", (code / "kernel.py").read_text(), re.MULTILINE)
+    vars(elsewhere).update(dict.fromkeys(names))
+    sys.modules["kernel"] = elsewhere
+    _refused(lambda: import_code(FAMILY, code, code_digests(code)), "vendor-code-shadowed", f"{code}/kernel.py")

@@ -47,6 +47,8 @@ def test_the_whole_job_runs_and_a_second_time_finds_everything_done(finished: Pa
     assert all(f"{stage}: already done" in said for stage in ("tokens", "calibrate", "export", "finalize", "verify"))
     assert (amax_of(finished.parent), digests(finished.parent / "out")) == before
     assert len(seen(finished.parent, "gang")) == gangs and of_job(finished) == []
+    logs = dsqjob("logs", finished, "--stage", "calibrate").stdout
+    assert all(f"calibrate-node{node}.log <==" in logs for node in range(2))
     assert "coverage.svg" in said and (finished.parent / "work" / "reports" / "coverage.svg").is_file()
 
 

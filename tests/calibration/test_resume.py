@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.calibration.gangs import BATCHES, Gang, Holds, amax_of, done, seen
-from tests.harness import dsqjob, error_id
+from tests.harness import command, dsqjob, error_id
 from tests.warm import Warm
 
 
@@ -87,3 +89,22 @@ def test_status_tells_of_a_gang_at_work(warm: Warm, job: Path, holds: Holds, cal
     Gang(warm, job, attempt="3").end(0)
     assert done(job) == BATCHES  # nothing was left to do
     assert "24/24 batches" in dsqjob("status", job).stdout
+
+
+def test_logs_and_cancel_from_another_shell(warm: Warm, job: Path, holds: Holds, calm: Path) -> None:
+    """By the workspace alone: a rank's log, followed to the end of a gang that ``cancel`` stops."""
+    holds.set("forward-3", 0)
+    gang = Gang(warm, job, environment=holds.environment)
+    gang.until("unit-done", unit="batch-2")
+    logs = dsqjob("logs", job, "--rank", 1).stdout
+    assert str(job.parent / "work" / "logs" / "calibrate-ranks" / "rank1.log") in logs and "attempt 1" in logs
+    assert error_id(dsqjob("logs", job, "--rank", 7, code=64)) == "log-missing"
+    with subprocess.Popen(command("logs", job, "--rank", 1, "--follow"), stdout=subprocess.PIPE, text=True) as follower:
+        said = dsqjob("cancel", job).stdout
+        assert re.fullmatch(r"calibrate: process \d+ is asked to stop\nthe same command goes on .*\n", said), said
+        gang.end(75, 30)
+        followed, _ = follower.communicate(timeout=30)
+    assert "rank1.log" in followed and follower.returncode == 0
+    assert "nothing is waiting or running" in dsqjob("cancel", job).stdout
+    Gang(warm, job, attempt="2").end(0)
+    assert amax_of(job.parent) == amax_of(calm)

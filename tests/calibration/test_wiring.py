@@ -51,3 +51,8 @@ def test_a_nan_names_the_expert(warm: Warm, tmp_path: Path, miniature: Path) -> 
 
 def test_code_and_weights_of_other_models_are_refused(warm: Warm, tmp_path: Path, miniature: Path) -> None:
     warm.call(f"{PROGRAMS}:wrong_models_are_refused", str(miniature), str(tmp_path), said=tmp_path / "said")
+
+
+def test_another_module_in_the_vendors_place_is_refused(warm: Warm, tmp_path: Path, small: Path) -> None:
+    program = f"{PROGRAMS}:another_module_of_that_name_is_refused"
+    warm.call(program, str(small), str(tmp_path), said=tmp_path / "said")
