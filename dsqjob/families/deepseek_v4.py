@@ -44,9 +44,10 @@ _LEAST_LENGTH = 4096
 """The vendor's caches are at least that long."""
 _DEQUANTIZING = 4
 """Copies of a projection in BF16 that are alive while it is dequantized and its maximum is taken."""
-_ACTIVATION = 280
-"""Bytes a token and hidden channel at the peak, measured with plain PyTorch kernels on one layer of V4-Pro's geometry
-at 4 x 512 tokens (hyper-connections alone take 64); the vendor's fused kernels need less."""
+_ACTIVATION, _ACTIVATION_SHARED = 100, 365
+"""Bytes a token and hidden channel at the peak, on every rank and divided among them (heads, logits): a line through two
+runs of one layer of V4-Pro's geometry at 4 x 512 tokens with plain PyTorch kernels, at model_parallel 1 and 2. The
+vendor's fused kernels need less."""
 
 
 class Geometry(NamedTuple):
@@ -176,7 +177,7 @@ class DeepSeekV4(Family):
             "weights": sum(nbytes_of(spec.dtype, spec.shape) * _widening(spec) for spec in specs),
             "buffers": g.layers * _LAYER_BUFFER * batch_size * max(length, _LEAST_LENGTH),
             "one projection in BF16": 2 * _DEQUANTIZING * g.dim * g.inter,
-            "activations": tokens * g.dim * _ACTIVATION,
+            "activations": tokens * g.dim * (_ACTIVATION + _ACTIVATION_SHARED // n),
         }
 
     def mp_file(self, release: Release, rank: int, n: int) -> FilePlan:
