@@ -34,6 +34,7 @@ def slurm_conf(layout: Layout) -> str:
         "ClusterName": "private",
         "SlurmctldHost": "localhost(127.0.0.1)",
         "SlurmctldPort": layout.controller_port,
+        "FirstJobId": layout.controller_port,  # ports of gangs follow from it: two clusters must not give the same ids
         "SlurmUser": "root",
         "SlurmdUser": "root",
         "AuthType": "auth/munge",
