@@ -139,6 +139,7 @@ def run_stage(
     missing = state.missing()
     worked = bool(missing) or stage.wanted()
     if begun and not worked:
+        state.sweep_all()  # what died between its record and its own sweep
         stage.settle()
     else:
         stage.check()

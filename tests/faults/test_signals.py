@@ -124,9 +124,10 @@ def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, miniature: Pat
 def test_a_worker_that_is_killed_is_a_peers_fault(tmp_path: Path, miniature: Path, faults: int, code: int) -> None:
     job = write_job(tmp_path, miniature, launcher__workers=1, launcher__max_faults=faults)
     run = subprocess.Popen(command("run", job, "--stage", "export"), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: begun(tmp_path))
-    (pid,) = [pid for pid in of_job(job) if pid != run.pid]
-    subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    found: list[int] = []
+    wait_until(lambda: found.extend(pid for pid in of_job(job) if pid != run.pid) or found)
+    (pid,) = found
+    os.kill(pid, signal.SIGKILL)
     _, said = run.communicate(timeout=60)
     assert run.returncode == code, said
     assert code == 0 or ("SIGKILL" in said and str(pid) in said)

@@ -61,6 +61,7 @@ def watch(net: torch.nn.Module, forced: Path | None) -> dict[str, np.ndarray]:
 
 
 def main(inference: Path, folder: Path, rank: int, world: int, forced: Path | None = None) -> None:
+    sys.dont_write_bytecode = True  # the release is shared by all tests
     sys.path.insert(0, str(inference))
     import model  # type: ignore[import-not-found]
 
