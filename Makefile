@@ -19,7 +19,10 @@ DSQJOB := .venv/bin/dsqjob
 PROFILE = $(if $(findstring /,$(SITE)),$(abspath $(SITE)),$(CURDIR)/slurm/$(SITE).yaml)
 OVERRIDES = $(if $(SITE),--set 'profile=$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
 UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/tokens tests/verify
-WHOLE := tests/cli tests/gang tests/calibration tests/pipeline tests/faults tests/slurm tests/documents
+WHOLE := tests/cli tests/pipeline tests/faults
+# Rooms with contracts of seconds, or gangs that take every core
+ALONE := tests/gang tests/calibration tests/kills tests/slurm tests/documents
+SHARED := -n auto --maxprocesses 8 --dist worksteal
 LONG := tests/slurm_long
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins slurmdbd slurm-wlm-mysql-plugin \
   mariadb-server-core mariadb-client-core
@@ -50,10 +53,11 @@ lint: setup ## style, types, layers
 	.venv/bin/yamllint --strict .
 
 check: lint ## lint, then unit tests (under 3 minutes)
-	.venv/bin/pytest -q $(UNIT)
+	.venv/bin/pytest -q $(SHARED) $(UNIT)
 
 test: lint system-packages ## lint, unit tests, whole jobs, faults and README (under 30 minutes)
-	.venv/bin/pytest -q $(UNIT) $(WHOLE)
+	.venv/bin/pytest -q $(SHARED) $(UNIT) $(WHOLE)
+	.venv/bin/pytest -q $(ALONE)
 
 test-all: test bench ## the same, the slowest cases of Slurm, and the benchmarks: twenty minutes more
 	.venv/bin/pytest -q $(LONG)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,9 +54,20 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     _weakened.extend(item.nodeid for item in items)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """One of several processes that share the tests has ended: what it left out, this one must know."""
+    told = getattr(node, "workeroutput", {})
+    _left_out.update(told.get("left_out", {}))
+    _weakened.extend(name for name in told.get("weakened", ()) if name not in _weakened)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI a skip, an expected failure or a deselection fails the run."""
-    if CI and exitstatus == 0 and (_weakened or _left_out or not session.testscollected):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput |= {"left_out": _left_out, "weakened": _weakened}
+    elif CI and exitstatus == 0 and (_weakened or _left_out or not session.testscollected):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

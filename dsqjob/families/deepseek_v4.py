@@ -45,8 +45,8 @@ _LEAST_LENGTH = 4096
 _DEQUANTIZING = 4
 """Copies of a projection in BF16 that are alive while it is dequantized and its maximum is taken."""
 _ACTIVATION, _ACTIVATION_SHARED = 100, 365
-"""Bytes a token and hidden channel at the peak, on every rank and divided among them (heads, logits): a line through two
-runs of one layer of V4-Pro's geometry at 4 x 512 tokens with plain PyTorch kernels, at model_parallel 1 and 2. The
+"""Bytes a token and hidden channel at the peak, on every rank and divided among them (heads, logits): a line through
+two runs of one layer of V4-Pro's geometry at 4 x 512 tokens with plain PyTorch kernels, at model_parallel 1 and 2. The
 vendor's fused kernels need less."""
 
 
