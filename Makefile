@@ -19,9 +19,9 @@ DSQJOB := .venv/bin/dsqjob
 PROFILE = $(if $(findstring /,$(SITE)),$(abspath $(SITE)),$(CURDIR)/slurm/$(SITE).yaml)
 OVERRIDES = $(if $(SITE),--set 'profile=$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(MP),--mp $(MP)) $(if $(ON),--on $(ON)) $(foreach s,$(SET),--set '$(s)')
 UNIT := tests/architecture tests/checkpoint tests/engine tests/formats tests/amax tests/job tests/miniature tests/tokens tests/verify
-WHOLE := tests/cli tests/pipeline tests/faults
+WHOLE := tests/cli tests/pipeline tests/faults tests/documents tests/slurm
 # Rooms with contracts of seconds, or gangs that take every core
-ALONE := tests/gang tests/calibration tests/kills tests/slurm tests/documents
+ALONE := tests/gang tests/calibration tests/kills tests/slurm_gangs
 SHARED := -n auto --maxprocesses 8 --dist worksteal
 LONG := tests/slurm_long
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins slurmdbd slurm-wlm-mysql-plugin \

@@ -13,7 +13,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent.parent
 README = (CHECKOUT / "README.md").read_text()
-SLURM = "## On a Slurm cluster\n"  # its commands run in tests/slurm/test_page.py
+SLURM = "## On a Slurm cluster\n"  # its commands run in tests/slurm_gangs/test_page.py
 SLOW_ELSEWHERE = {"make demo": "test_the_demo_runs_twice", "make test": "this very run"}
 
 
