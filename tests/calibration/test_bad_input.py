@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
+import io
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dsqjob.checkpoint.header import TensorSpec, encode
+from dsqjob.dataplan.mp_checkpoint import mp_identity
+from dsqjob.errors import DataError
 from dsqjob.miniature import write
 from tests.calibration.bad import rename_tensor
 from tests.calibration.gangs import Gang, calibration_job
@@ -108,6 +115,76 @@ def test_model_parallel_files_of_another_degree_or_model_and_without_a_tensor(
     file = tmp_path / "job" / "work" / "mp" / "model0-mp1.safetensors"
     rename_tensor(file, EXPERT, EXPERT.replace("experts.0", "experts.9"))
     refused(warm, job, 65, "mp-tensor-missing", f"{file}: {EXPERT}", "convert")
+
+
+def test_model_parallel_files_of_another_release_of_the_same_shape(
+    warm: Warm, tmp_path: Path, small: Path, small_tokens: Path
+) -> None:
+    """Headers and sizes are equal; times say nothing."""
+    job = alone(tmp_path, small, small_tokens, calibrate__source="mp")
+    write("deepseek-v4", tmp_path / "release", seed=4, layers=2, experts=4, ratios=(0, 4, 0), vocab=384)
+    other = alone(tmp_path / "other", tmp_path / "release", small_tokens)
+    for one in (job, other):
+        subprocess.run(worker("convert", one), check=True, capture_output=True, timeout=120)
+    Gang(warm, job, 1).end(0)
+    name = "work/mp/model0-mp1.safetensors"
+    os.utime(job.parent / name, (1, 1))
+    assert "already done" in dsqjob("run", job, "--stage", "calibrate").stdout
+    assert (job.parent / name).stat().st_size == (other.parent / name).stat().st_size
+    shutil.copyfile(other.parent / name, job.parent / name)
+    done = dsqjob("run", job, "--stage", "calibrate", code=64)
+    assert error_id(done) == "fingerprint-changed" and "changed: mp checkpoint\n" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("tensors", "nbytes"), [(3000, 1 << 16), (5, 1 << 16), (5, 3), (5, 0), (0, 0)])
+def test_the_identity_of_a_model_parallel_file_opens_it_once_and_reads_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, nbytes: int
+) -> None:
+    path = tmp_path / "model0-mp1.safetensors"
+    head = encode(TensorSpec(f"t{number:04}", "U8", (nbytes,)) for number in range(tensors))
+    path.write_bytes(head)
+    os.truncate(path, len(head) + tensors * nbytes)
+    opened: list[Any] = []
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", _listing(opened, module.open))
+    before = _read_by_this_process()
+    first = mp_identity(tmp_path, [path.name])
+    read = _read_by_this_process() - before
+    assert opened.count(path) == 1
+    assert read <= len(head) + min(tensors, 1024) * min(nbytes, 4096) + 8192  # the last is /proc itself
+    for number, seen in ((0, True), (1, tensors == 5)) if nbytes else ():
+        with path.open("r+b") as file:
+            file.seek(len(head) + number * nbytes + nbytes // 2)
+            file.write(b"x")
+        again = mp_identity(tmp_path, [path.name])
+        assert (again != first) is seen
+        first = again
+
+
+@pytest.mark.parametrize(
+    ("data", "id"), [(b"", "header-truncated"), (b"\xff" * 99, "header-length"), (b"\2" + bytes(7) + b"{}x",
+     "shard-trailing-bytes"), (b"version https://git-lfs.github.com/spec", "git-lfs-pointer")],
+)  # fmt: skip
+def test_the_identity_of_what_is_no_model_parallel_file(tmp_path: Path, data: bytes, id: str) -> None:
+    (tmp_path / "model0-mp1.safetensors").write_bytes(data)
+    with pytest.raises(DataError) as raised:
+        mp_identity(tmp_path, ["model0-mp1.safetensors"])
+    assert raised.value.id == id and "model0-mp1.safetensors" in raised.value.where
+    with pytest.raises(DataError, match="lacks this file"):
+        mp_identity(tmp_path, ["model1-mp2.safetensors"])
+
+
+def _listing(opened: list[Any], original: Any) -> Any:
+    def listed(path: Any, *more: Any, **named: Any) -> Any:
+        opened.append(path)
+        return original(path, *more, **named)
+
+    return listed
+
+
+def _read_by_this_process() -> int:
+    """Bytes that were asked of the kernel so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_code_that_is_missing_or_that_nobody_vouches_for(
