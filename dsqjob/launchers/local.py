@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ _SEVERITY = (65, 64, 74, 70, 75, 69, 0)
 _KILL_AFTER = 10.0
 _GANG_KILL_AFTER = 25.0
 """A supervisor gives its ranks ten seconds, and itself some more to see the end of them."""
+_TOLD_KILL_AFTER = 10.0
+"""One that ends by itself leaves when the others have ended their parts or are lost: whoever hears it last still takes
+_GONE + _LEAVE + _WORD of gang/supervisor.py."""
 _TICK = 0.1
 
 
@@ -60,7 +64,8 @@ def run_workers(
     """Run one process a command until all are done; (exit code, what the worker that decided it said).
 
     A worker that dies without a code of ours, or with 69, is started again, ``max_faults`` times in all. Any other
-    code but 0 stops the rest. A signal to this process is passed on; 10 s later what is left is killed.
+    code but 0 stops the rest. Every new start is told on standard error. A signal to this process is passed on; 10 s
+    later what is left is killed.
     """
     workers = [WorkerProcess(argv, log) for argv, log in zip(commands, log_names, strict=True)]
     try:
@@ -77,6 +82,7 @@ def _wait(
         for worker, code, said in ended:
             if code == PeerError.exit_code and faults < max_faults:
                 faults += 1
+                _say_again(said, faults, max_faults)
                 worker.start()
                 running.append(worker)
             elif code:
@@ -99,8 +105,8 @@ def run_gang(
     """Run the supervisors of a gang, all on this machine, each with GPUs of its own; (exit code, what was said).
 
     ``commands(rendezvous, attempt)`` gives one command a node. A gang that ends with 69 is started again as a whole,
-    ``max_faults`` times. Supervisors end each other; one that outlives the first by ``patience`` and a little more is
-    killed.
+    ``max_faults`` times, which is told on standard error. Supervisors end each other. One that outlives the first is
+    killed: soon where that ended by itself and so told it, after ``patience`` and a little more where it was killed.
     """
     for fault in range(max_faults + 1):
         rendezvous, attempt = f"127.0.0.1:{_free_port()}", f"{run}-{fault}"
@@ -108,11 +114,12 @@ def run_gang(
         each = zip(commands(rendezvous, attempt), logs, environments, strict=True)
         supervisors = [WorkerProcess(argv, log, environment) for argv, log, environment in each]
         try:
-            code, said = _wait_together(supervisors, patience + _GANG_KILL_AFTER, stop, watch)
+            code, said = _wait_together(supervisors, patience, stop, watch)
         finally:
             _stop_all(supervisors, signal.SIGKILL, 0)
-        if code != PeerError.exit_code or stop.signal is not None:
+        if code != PeerError.exit_code or stop.signal is not None or fault == max_faults:
             break
+        _say_again(said, fault + 1, max_faults)
     return code, said
 
 
@@ -122,10 +129,12 @@ def _wait_together(
     """The worst code once all have ended, or a while after the first one failed."""
     codes, deadline = {0: ""}, float("inf")
     for ended in _ticks(list(supervisors), stop, watch, _GANG_KILL_AFTER):
-        for _, code, said in ended:
+        for worker, code, said in ended:
             codes.setdefault(code, said)
             if code:
-                deadline = min(deadline, time.monotonic() + patience)
+                told = worker.process.returncode in EXIT_CODES
+                wait = _TOLD_KILL_AFTER if told else patience + _GANG_KILL_AFTER
+                deadline = min(deadline, time.monotonic() + wait)
         if time.monotonic() > deadline:
             break
     return _outcome(codes, stop)
@@ -176,6 +185,12 @@ def _understood(worker: WorkerProcess, code: int) -> tuple[int, str]:
         return code, worker.said()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     return PeerError.exit_code, f"worker {worker.process.pid} {how} (log: {worker.log})\n{worker.said()}".strip()
+
+
+def _say_again(said: str, number: int, of: int) -> None:
+    """One line for people: what a fault was, and that work starts again."""
+    first = said.partition("\n")[0] or EXIT_CODES[PeerError.exit_code]
+    print(f"{first}; starting again ({number} of {of})", file=sys.stderr, flush=True)
 
 
 def _stop_all(workers: Sequence[WorkerProcess], number: int, wait: float) -> None:

@@ -44,6 +44,15 @@ def test_a_gang_on_two_nodes_is_one_attempt() -> None:
     assert observe([BEGIN, *gang], 10)["export"].attempts == 2
 
 
+def test_a_gang_that_is_started_again_after_a_fault_runs() -> None:
+    """Failed by the word of both nodes, running by the first word of the next attempt."""
+    errors = [event(5, "error", id="rank-died", what="w", code=69, worker=f"export-node{node}") for node in (0, 1)]
+    begun = [BEGIN, event(1, "gang", attempt="r-0", node=0), *errors]
+    assert observe(begun, 6)["export"].state == "failed"
+    again = observe([*begun, event(7, "gang", attempt="r-1", node=1)], 8)["export"]
+    assert (again.state, again.error, again.attempts) == ("running", "", 2)
+
+
 def test_a_restart_and_another_fingerprint_forget() -> None:
     done = event(1, "unit-done", unit="a", bytes=100, seconds=1)
     assert observe([BEGIN, done, event(2, "restart")], 3)["export"].units_done == 0

@@ -23,6 +23,9 @@ code = plan.split(",")[int(attempt.rpartition("-")[2])].split("/")[node]
 if code == "hang":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(1000)
+if code == "late":
+    time.sleep(3)
+    code = "74"
 print("said by", node, attempt, flush=True)
 if code == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -30,16 +33,22 @@ sys.exit(int(code))
 """
 
 
-def run(folder: Path, plan: str, *, max_faults: int = 3, stop: StopRequest | None = None) -> tuple[int, str]:
-    """``plan``: of each attempt the codes of both nodes, as ``69/69,0/0``."""
+FIGURES = local._TOLD_KILL_AFTER, local._GANG_KILL_AFTER
+
+
+def run(
+    folder: Path, plan: str, *, max_faults: int = 3, patience: float = 0.5, stop: StopRequest | None = None
+) -> tuple[int, str]:
+    """``plan``: of each attempt the codes of all nodes, as ``69/69,0/0``."""
+    nodes = range(plan.partition(",")[0].count("/") + 1)
 
     def commands(rendezvous: str, attempt: str) -> Sequence[Sequence[str]]:
         seen.append((rendezvous, attempt))
-        return [[sys.executable, "-c", SUPERVISOR, str(node), attempt, str(folder), plan] for node in (0, 1)]
+        return [[sys.executable, "-c", SUPERVISOR, str(node), attempt, str(folder), plan] for node in nodes]
 
     seen: list[tuple[str, str]] = []
     found = local.run_gang(
-        commands, [folder / "log-0", folder / "log-1"], run="r", gpus_per_node=2, patience=0.5,
+        commands, [folder / f"log-{node}" for node in nodes], run="r", gpus_per_node=2, patience=patience,
         max_faults=max_faults, stop=stop or StopRequest(), watch=lambda: None,
     )  # fmt: skip
     assert [attempt for _, attempt in seen] == [f"r-{number}" for number in range(len(seen))]
@@ -50,6 +59,7 @@ def run(folder: Path, plan: str, *, max_faults: int = 3, stop: StopRequest | Non
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "_GANG_KILL_AFTER", 1.0)
+    monkeypatch.setattr(local, "_TOLD_KILL_AFTER", 1.0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -69,8 +79,48 @@ def test_other_codes_do_not_start_it_again(tmp_path: Path, code: int) -> None:
     assert run(tmp_path, f"{code}/69,0/0")[0] == code
 
 
-def test_a_supervisor_that_outlives_the_gang_is_killed(tmp_path: Path) -> None:
-    assert run(tmp_path, "65/hang,0/0")[0] == 65
+@pytest.mark.parametrize("plan", ["65/hang", "killed/65/hang"])
+def test_a_supervisor_that_outlives_one_that_ended_by_itself_is_not_waited_for(tmp_path: Path, plan: str) -> None:
+    begun = time.monotonic()
+    assert run(tmp_path, plan, patience=30)[0] == 65
+    assert time.monotonic() - begun < 15
+
+
+def test_whoever_outlives_one_that_was_killed_has_the_time_to_notice(tmp_path: Path) -> None:
+    assert run(tmp_path, "killed/late", patience=30)[0] == 74
+    begun = time.monotonic()
+    assert run(tmp_path, "killed/hang", patience=1, max_faults=0)[0] == 69
+    assert time.monotonic() - begun < 15
+
+
+def test_the_whole_gang_is_gone_within_a_minute_whoever_ends_first() -> None:
+    """At default limits; what a supervisor takes at most after a fault is in its ``_conclude``."""
+    from dsqjob.gang import supervisor
+    from dsqjob.gang.node import Limits
+
+    limits, told, killed = Limits(), *FIGURES
+    assert told >= supervisor._GONE + supervisor._LEAVE + supervisor._WORD
+    longest = supervisor._SETTLE_VICTIMS + limits.silence + limits.grace + supervisor._WORD
+    assert longest + told < 60 and limits.silence + killed < 60
+
+
+def test_the_terminal_is_told_of_every_new_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "69/69,killed/0,69/69", max_faults=2)
+    first, second = capfd.readouterr().err.splitlines()
+    assert first in {f"said by {node} r-0; starting again (1 of 2)" for node in (0, 1)}
+    assert "was killed by SIGKILL (log: " in second and second.endswith("; starting again (2 of 2)")
+
+
+def test_the_terminal_is_told_of_pooled_workers_that_start_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        "import pathlib, sys; seen = pathlib.Path(sys.argv[1]); again = seen.exists(); seen.touch(); "
+        "print('[x] why'); print('more'); sys.exit(0 if again else 69)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "seen")]
+    code, _ = local.run_workers([command], [tmp_path / "log"], max_faults=3, stop=StopRequest(), watch=lambda: None)
+    assert (code, capfd.readouterr().err) == (0, "[x] why; starting again (1 of 3)\n")
 
 
 def test_a_signal_is_passed_on(tmp_path: Path) -> None:
