@@ -18,6 +18,9 @@ from dsqjob.launchers import LAUNCHERS
 from dsqjob.stages import MEASURING, STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
 
+_REMADE = {"tokens-missing", "mp-missing", "amax-folder-empty", "export-unfinished", "checkpoint-missing"}
+"""Refusals of a stage whose inputs an earlier one makes."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -79,9 +82,19 @@ def selected(inputs: Inputs, stage: str | None, through: str | None) -> tuple[st
 
 
 def restart(inputs: Inputs, names: Sequence[str]) -> list[Path]:
-    """Forget these stages and those made from their output, last stage first; the files removed."""
+    """Forget these stages and those made from their output, last stage first; the files removed. What would refuse one
+    of them to begin is raised before anything is removed."""
     follow = {"export": ("finalize", "verify"), "finalize": ("verify",)}
     wanted = {*names, *(later for name in names for later in follow.get(name, ()))}
+    before = Inputs(inputs.job)  # what it reads changes with the restart
+    for name in names:
+        try:
+            stage = build(name, before)
+            stage.check()
+            stage.fingerprint  # noqa: B018 (reads every input)
+        except DsqjobError as error:
+            if name == names[0] or error.id not in _REMADE:
+                raise
     removed = []
     for name in reversed(STAGES):
         if name in wanted:

@@ -72,7 +72,16 @@ def load(
 
 
 def workspace_of(name: str, *, sets: Sequence[str] = (), environment: Mapping[str, str]) -> Path:
-    """The job's workspace, without validating anything else."""
+    """The job's workspace, without validating anything else; a folder is a workspace itself."""
+    if Path(name).is_dir():
+        if not (Path(name) / "state").is_dir():
+            raise UsageError(
+                "workspace-missing",
+                "this folder is no workspace: it holds no state",
+                where=name,
+                way_out="name the job file, or the folder that it calls `workspace`",
+            )
+        return Path(name).absolute()
     raw, place = _read(name, sets, environment, only="workspace")
     value = raw.get("workspace")
     if not isinstance(value, str):

@@ -187,6 +187,8 @@ class Launcher(_Section):
 class Resources(_Section):
     """What one kind of Slurm job asks for."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     partition: str | None = None
     """Partition; the site's default where nothing is said."""
     time: str | None = None
@@ -221,6 +223,8 @@ class Container(_Section):
 class Slurm(_Section):
     """How the job asks a Slurm cluster (`launcher.kind: slurm`). A site profile usually says all of this."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     account: str | None = None
     """Account to charge."""
     qos: str | None = None
@@ -250,8 +254,9 @@ class Slurm(_Section):
     port: Annotated[int, Strict(), Field(ge=1024, le=65535)] | None = None
     """Rendezvous port; by default derived from the job's number."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines at the job's beginning, such as `module load cuda`; what they export goes along to every node."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    """Shell lines at the job's beginning, such as `module load cuda`; what they export goes along to every node. One
+    that fails ends the job: add `|| true` where that does not matter."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Variables of the job, such as `NCCL_SOCKET_IFNAME: eth0`."""
     srun: list[str] = Field(default_factory=list)
     """Further srun options."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from dsqjob.engine.workspace import Workspace
-from dsqjob.launchers.slurm.cause import Cause, decide, fields, read_cause
+from dsqjob.errors import UsageError
+from dsqjob.job.load import load
+from dsqjob.launchers.slurm.allocation import Allocation
+from dsqjob.launchers.slurm.batch import Batch
+from dsqjob.launchers.slurm.cause import Cause, decide, fields, read_cause, read_term
 from dsqjob.launchers.slurm.faults import Faults
+from dsqjob.launchers.slurm.limits import seconds_of
 from dsqjob.launchers.slurm.refusals import explained
+from tests.harness import write_job
 
 SEEN = [
     # state, reason, PreemptTime, Restarts, own restarts, signalled
@@ -88,6 +95,7 @@ def test_a_node_is_bad_after_two_faults(tmp_path: Path) -> None:
         ("Invalid feature specification", "slurm.constraint"),
         ("Requested time limit is invalid (missing or exceeds some limit)", "slurm.gang.time"),
         ("Invalid --time specification", "slurm.gang.time"),
+        ("sbatch: error: Batch job submission failed: Invalid job array specification", "launcher.workers"),
         ("Node count specification invalid", "parallel.nodes"),
         ("Invalid --exclusive specification", "slurm.gang.exclusive"),
         ("sbatch: unrecognized option '--segment=2'", "slurm.segment"),
@@ -97,3 +105,47 @@ def test_a_node_is_bad_after_two_faults(tmp_path: Path) -> None:
 def test_texts_of_slurm_name_a_setting(said: str, setting: str) -> None:
     error = explained(said, gang=True)
     assert error.id == "slurm-refused" and setting in error.where and error.way_out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2", 120), ("2:30", 150), ("1:00:00", 3600), ("1-00", 86400), ("1-02:03", 93780), ("1-02:03:04", 93784),
+     ("soon", float("inf")), ("UNLIMITED", float("inf"))],
+)  # fmt: skip
+def test_time_limits_as_slurm_writes_them(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_the_end_of_a_job_is_read_from_slurm() -> None:
+    """Its clock is a local one; without a limit there is no end."""
+    term = read_term(fields("JobId=7 StartTime=2026-11-24T10:00:00 EndTime=2026-11-24T10:02:00 Deadline=N/A"))
+    assert term.length == 120 and time.localtime(term.end)[3:5] == (10, 2)
+    assert read_term({"StartTime": "2026-11-24T10:00:00", "EndTime": "Unknown"}).length == float("inf")
+    assert read_term({}).end == float("inf")
+
+
+def shown(batch: Batch, monkeypatch: pytest.MonkeyPatch, start: float, end: float) -> None:
+    words = [time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(one)) for one in (start, end)]
+    monkeypatch.setattr(batch, "_shown", lambda: dict(zip(("StartTime", "EndTime"), words, strict=True)))
+
+
+def test_a_missed_notice_is_noticed_and_a_job_without_time_refused(
+    tmp_path: Path, miniature: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's own end of the job decides, asked again once it is near: somebody may have moved it."""
+    file = write_job(tmp_path, miniature, launcher__kind="slurm", slurm__notice=30)
+    job = load(str(file), environment={}, families=("deepseek-v4",), launchers=("slurm",))
+    here = Allocation.of({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"})
+    batch, now = Batch(job, "export", gang=False, job_file=file, here=here), time.time()
+    shown(batch, monkeypatch, now - 1000, now + 600)
+    batch._refuse_short()
+    assert not batch._overdue()
+    shown(batch, monkeypatch, now - 1000, now + 20)
+    assert not batch._overdue()  # not asked before its time
+    batch._refuse_short()
+    assert batch._overdue()
+    shown(batch, monkeypatch, now - 1000, now + 600)
+    assert not batch._overdue()
+    shown(batch, monkeypatch, now, now + 90)
+    with pytest.raises(UsageError, match="nothing would be done"):
+        batch._refuse_short()

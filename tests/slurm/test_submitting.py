@@ -59,7 +59,8 @@ def test_rendered_scripts_work_by_hand_twice(login: Login, small: Path, tmp_path
         assert set(login.wait(last)) == {"COMPLETED"}
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert not list(tmp_path.rglob("*.pkl"))
-    assert "COMPLETED" not in login.dsqjob("status", job).stdout
+    status = login.dsqjob("status", job).stdout
+    assert status.count("ended well on n") == 3 and "COMPLETED" not in status  # as they are known once they run
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_killed_task_of_an_array_comes_back(login: Login, miniature: Path, tmp
 def test_faults_are_counted_and_the_node_is_left_out(login: Login, small: Path, tmp_path: Path) -> None:
     """A worker that dies at once: two restarts, the second one without the node, then 69 for good."""
     bad = tmp_path / "bad"
-    bad.write_text("#!/bin/sh\nkill -9 $$\n")
+    bad.write_text("#!/bin/sh\necho 'pyxis: creating container filesystem ...'\nkill -9 $$\n")
     bad.chmod(0o755)
     job = login.job(
         tmp_path / "a", small, launcher__workers=1, launcher__max_faults=2,
@@ -148,7 +149,7 @@ def test_status_logs_and_cancel_from_another_shell(login: Login, small: Path, tm
     job = login.job(tmp_path, small, slurm__workers={"sbatch": ["--hold"]})
     sent = login.run(job, "--through", "verify")
     status = login.dsqjob("status", job).stdout
-    assert f"job {sent['finalize'][0]} waits: for the stage before it" in status or "held by its user" in status
+    assert f"job {sent['finalize'][0]} waits: for the job before it" in status or "held by its user" in status
     assert "held by its user" in status
     answered = json.loads(login.dsqjob("status", "--json", job).stdout)["slurm"]
     assert answered["export"][0]["state"] == "PENDING" and answered["export"][0]["alive"]

@@ -10,20 +10,23 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dsqjob.engine.events import EventLog, read_events
 from dsqjob.engine.workspace import Workspace
-from dsqjob.errors import EXIT_CODES, DsqjobError, Interrupted, PeerError
+from dsqjob.errors import EXIT_CODES, DataError, DsqjobError, Interrupted, PeerError
 from dsqjob.job.schema import Job
 from dsqjob.launchers.slurm.allocation import Allocation
-from dsqjob.launchers.slurm.cause import Cause, Verdict, decide, fields, read_cause
+from dsqjob.launchers.slurm.cause import Cause, Term, Verdict, decide, fields, read_cause, read_term
 from dsqjob.launchers.slurm.client import Answer, ask
 from dsqjob.launchers.slurm.faults import Faults
-from dsqjob.launchers.slurm.handle import read_handle
+from dsqjob.launchers.slurm.handle import Handle, read_handle
+from dsqjob.launchers.slurm.limits import EARLY, too_short
 from dsqjob.launchers.slurm.refusals import explained
+from dsqjob.launchers.slurm.script import SUBMITTED
 from dsqjob.launchers.slurm.step import step
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -39,7 +42,10 @@ _SEVERITY = (65, 64, 74, 70, 69, 75)
 _SEVERITY_STOPPED = (65, 64, 74, 75, 70, 69)
 _OF_A_RANK = ("rank-died", "rank-silent")
 _ENDED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: ", re.M)
-_REFUSED = ("unrecognized option", "Unable to", "error: Invalid", "container")
+_REFUSAL = re.compile(r"^(srun: (error|fatal|unrecognized|invalid)|slurmstepd: error: pyxis)[^\n]*", re.M)
+_REFUSED = re.compile("unrecognized option|unable to|error: invalid|container|pyxis", re.I)
+_PASSES = re.compile("not available|busy|unable to contact|timed out|temporar|expired", re.I)
+"""Refusals that the next try may not meet."""
 
 
 class Batch:
@@ -51,6 +57,7 @@ class Batch:
         self._faults = Faults(self._workspace, stage)
         self._heard: list[signal.Signals] = []
         self._spoken = ""
+        self._term = Term(math.inf, math.inf)
         self._log = EventLog(
             self._workspace.events, worker=f"{stage}-batch", host=here.host, of=stage, job=here.name,
             restarts=here.restarts,
@@ -62,7 +69,9 @@ class Batch:
         for number in _SIGNALS:
             signal.signal(number, self._hear)
         self._log.write("batch", nodes=self._here.nodes)
+        self._make_known()
         try:
+            self._refuse_short()
             if self._gang:
                 self._here.check(self._job)
             code = self._attempts()
@@ -84,7 +93,38 @@ class Batch:
             if not again:
                 break
             self._say(f"a fault ({said}); once more on the same nodes, since the site forbids requeue")
+            self._end_steps()
         return self._end(verdict, cause, said)
+
+    def _make_known(self) -> None:
+        """A job that was sent by hand is watched and cancelled like the others from now on."""
+        if SUBMITTED in os.environ:
+            return
+        own, logs = self._here.name.partition("_")[0], str(self._job.slurm.logs)
+        with suppress(DataError):
+            known = read_handle(self._workspace, self._stage)
+            if known is None or own not in known.jobs:
+                tasks, file = self._here.tasks, str(self._job_file)
+                Handle(self._stage, (own,), "", time.time(), "", file, tasks, logs).keep(self._workspace)
+
+    def _refuse_short(self) -> None:
+        """UsageError ``time-too-short`` where the notice would come as the job begins, and so for ever."""
+        self._term = read_term(self._shown())
+        least = self._job.slurm.notice + EARLY
+        if self._term.length <= least:
+            raise too_short(self._term.length, self._job, gang=self._gang)
+
+    def _overdue(self) -> bool:
+        """Whether a notice must have been given, by Slurm's own word: it may have come before we listened."""
+        if time.time() < self._term.end - self._job.slurm.notice:
+            return False
+        self._term = read_term(self._shown())  # somebody may have changed the limit
+        return time.time() >= self._term.end - self._job.slurm.notice
+
+    def _shown(self) -> dict[str, str]:
+        """What Slurm says of this job; nothing where it cannot be asked here."""
+        answer = _asked("scontrol", "show", "job", "-o", self._here.name)
+        return {} if answer.code or not answer.out else fields(answer.out.splitlines()[0])
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         self._heard.append(signal.Signals(number))
@@ -109,8 +149,9 @@ class Batch:
             if self._gang and silent and cause is Cause.NONE and worst["code"] == Interrupted.exit_code:
                 return PeerError.exit_code, cause, f"the supervisor on {', '.join(sorted(silent))} died without a word"
             return int(worst["code"]), cause, f"[{worst['id']}] {worst['what']}"
-        if cause is Cause.NONE and any(words in srun for words in _REFUSED):
-            raise explained(srun, gang=self._gang, where="srun")
+        refusal = "\n".join(match[0] for match in _REFUSAL.finditer(srun))
+        if cause is Cause.NONE and _REFUSED.search(refusal) and not _PASSES.search(refusal):
+            raise explained(refusal, gang=self._gang, where="srun")
         return (code if code in EXIT_CODES else PeerError.exit_code), cause, f"srun ended with {code}: {_gist(srun)}"
 
     def _step(self, argv: Sequence[str]) -> tuple[int, Cause, str]:
@@ -121,11 +162,13 @@ class Batch:
 
     def _srun(self, argv: Sequence[str]) -> tuple[int, Cause, str] | None:
         """None where srun still waits for its step: it can do so for ever when a node came back a moment ago."""
-        cause, asked, looked, before = Cause.NONE, math.inf, 0, _said_so_far()
+        cause, asked, looked, before = Cause.NONE, math.inf, 0, _written()
         doubt = time.monotonic() + _STEP_WAIT
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as srun:
             while srun.poll() is None:
                 time.sleep(_TICK)
+                if not self._heard and self._overdue():
+                    self._heard.append(signal.SIGUSR2)
                 if len(self._heard) > looked:
                     looked = len(self._heard)
                     srun.send_signal(signal.SIGUSR2)  # passed on to the tasks; SIGTERM makes srun kill them at once
@@ -139,21 +182,30 @@ class Batch:
                     if not self._step_runs():
                         srun.terminate()
                         return None
-            return srun.returncode, cause, _said_so_far(before)
+            return srun.returncode, cause, _said_since(before)
 
     def _step_runs(self) -> bool:
         """Whether Slurm has made the step; also where it cannot be asked here."""
+        steps = self._steps()
+        return steps is None or bool(steps)
+
+    def _steps(self) -> list[str] | None:
+        """This job's steps but the batch script; None where Slurm cannot be asked here."""
         answer = _asked("squeue", "--noheader", "--steps", "--jobs", self._here.name, "--format=%i")
-        steps = [line.rpartition(".")[2] for line in answer.out.split()]
-        return bool(answer.code) or any(step.isdigit() for step in steps)
+        return None if answer.code else [one for one in answer.out.split() if one.rpartition(".")[2].isdigit()]
+
+    def _end_steps(self) -> None:
+        """A killed srun leaves its step, which would hold the nodes."""
+        if steps := self._steps():
+            _asked("scancel", *steps)
 
     def _look(self, *, signalled: bool) -> Cause:
         """The cause, from Slurm; where it cannot be asked here, what the signal alone tells."""
-        answer = _asked("scontrol", "show", "job", "-o", self._here.name)
-        if answer.code or not answer.out:
+        shown = self._shown()
+        if not shown:
             guess = Cause.CANCELLED if signal.SIGTERM in self._heard else Cause.LIMIT_NOTICE
             return guess if signalled else Cause.NONE
-        return read_cause(fields(answer.out.splitlines()[0]), self._here.restarts, signalled=signalled)
+        return read_cause(shown, self._here.restarts, signalled=signalled)
 
     def _said(self, attempt: str, wait: float = 0.0) -> list[Mapping[str, Any]]:
         """The errors of this attempt's workers: srun gives the highest of all codes, which names nobody."""
@@ -200,7 +252,7 @@ class Batch:
             self._say(f"requeue was refused: {answer.said}; way out: slurm.requeue: false, with slurm.spares")
             return False
         if bad := self._faults.bad_nodes:
-            before = fields(_asked("scontrol", "show", "job", "-o", name).out).get("ExcNodeList", "(null)")
+            before = self._shown().get("ExcNodeList", "(null)")
             listed = ",".join(dict.fromkeys([*([] if before == "(null)" else [before]), *bad]))
             answer = _asked("scontrol", "update", f"JobId={name}", f"ExcNodeList={listed}")
             self._say(f"nodes with two faults are left out: {listed} {answer.said}".strip())
@@ -229,12 +281,18 @@ def _asked(*argv: str) -> Answer:
         return Answer(error.exit_code, "", error.what)
 
 
-def _said_so_far(after: str = "") -> str:
-    """This job's output file from where ``after`` ended; empty where output goes elsewhere."""
+def _written() -> int:
+    """Bytes that this job's output file holds."""
+    return os.fstat(1).st_size
+
+
+def _said_since(begin: int) -> str:
+    """This job's output file from that byte on; empty where output goes elsewhere."""
     if not stat.S_ISREG(os.fstat(1).st_mode):
         return ""
-    text = Path("/proc/self/fd/1").read_text(errors="replace")
-    return text[len(after) :]
+    with Path("/proc/self/fd/1").open("rb") as stream:
+        stream.seek(begin)
+        return stream.read().decode(errors="replace")
 
 
 def _gist(text: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 _FIELD = re.compile(r"(?:^| )([A-Z][A-Za-z:/_]*)=")
 
@@ -40,6 +43,26 @@ def read_cause(job: Mapping[str, str], restarts: int, *, signalled: bool) -> Cau
     if preempted:
         return Cause.PREEMPTION_NOTICE if state == "RUNNING" else Cause.PREEMPTED
     return Cause.LIMIT if state == "TIMEOUT" or job.get("Reason") == "TimeLimit" else Cause.CANCELLED
+
+
+class Term(NamedTuple):
+    """When a job must have ended, in seconds since 1970, and how long it may run in all; infinite without a limit."""
+
+    end: float
+    length: float
+
+
+def read_term(job: Mapping[str, str]) -> Term:
+    """From ``scontrol show job``, whose times are local ones."""
+    start, end = (_seconds(job.get(name, "")) for name in ("StartTime", "EndTime"))
+    return Term(end, end - start) if start < end < math.inf else Term(math.inf, math.inf)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return math.inf
 
 
 @dataclass(frozen=True)

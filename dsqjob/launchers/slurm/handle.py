@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsqjob.engine.publish import publish_json
 from dsqjob.engine.workspace import Workspace, read_state, unique_token
+from dsqjob.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Handle:
     """Size of the array; 1: none."""
     logs: str
     """Folder of Slurm's output files."""
+    after: tuple[str, ...] = ()
+    """The jobs that it waits for."""
 
     def keep(self, workspace: Workspace) -> None:
         """Write it down, over the one before."""
@@ -43,5 +46,13 @@ def read_handle(workspace: Workspace, stage: str) -> Handle | None:
     path = handle_file(workspace, stage)
     if not path.is_file():
         return None
-    value = read_state(path)
-    return Handle(**{**value, "jobs": tuple(value["jobs"])})
+    try:
+        value = read_state(path)
+        return Handle(**{**value, "jobs": tuple(map(str, value["jobs"])), "after": tuple(value.get("after", ()))})
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(
+            "state-damaged",
+            "it is not what was submitted",
+            where=path,
+            way_out="remove the file; jobs that still wait are Slurm's to cancel (squeue --me, scancel)",
+        ) from None

@@ -43,6 +43,7 @@ _TABLE = tuple(
             "{jobs}.time",
             "`scontrol show partition` says MaxTime",
         ),
+        ("invalid job array", "launcher.workers, slurm.throttle", "`scontrol show config` says MaxArraySize"),
         ("node count specification invalid", "parallel.nodes", "`sinfo` counts the nodes"),
         ("more processors requested", "{jobs}.cpus, parallel.nodes", "`sinfo -o '%n %c'` says what a node has"),
         ("invalid node name", "{jobs}.sbatch", "correct --nodelist or --exclude"),

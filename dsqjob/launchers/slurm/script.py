@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,17 @@ from submitit.slurm.slurm import SlurmExecutor
 from dsqjob.engine.fingerprint import digest_of
 from dsqjob.errors import UsageError
 from dsqjob.job.schema import Job, Resources, Slurm
+
+_SLURMS = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")
+SUBMITTED = "DSQJOB_SUBMITTED"
+"""Tells the batch process that who sent it keeps its handle."""
+_ALWAYS_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
+_DEFAULTS = {"SBATCH_ACCOUNT": "account", "SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos"}
+"""A user's own defaults, and the parameters that they stand in for."""
+_OWNED = frozenset(
+    {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "no-requeue", "ntasks",
+     "ntasks-per-node", "output", "parsable", "requeue", "signal", "wrap"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Executor(SlurmExecutor):  # type: ignore[misc]
     """submitit's, sending a command instead of a pickle, with a dependency beside the script and not in it."""
 
     dependency = ""
+    sent: Path | None = None
+    """The script as written for sbatch; submitit leaves it behind where sbatch refuses."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -49,7 +63,10 @@ class Executor(SlurmExecutor):  # type: ignore[misc]
         return 2
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        return ["sbatch", *([f"--dependency={self.dependency}"] if self.dependency else []), str(submission_file_path)]
+        self.sent = submission_file_path
+        hidden = [word for name in hidden_names(os.environ, self.parameters) for word in ("-u", name)]
+        depend = [f"--dependency={self.dependency}"] if self.dependency else []
+        return ["env", *hidden, f"{SUBMITTED}=1", "sbatch", *depend, str(submission_file_path)]
 
     def text(self, command: str) -> str:
         """The script for a shell command."""
@@ -59,6 +76,12 @@ class Executor(SlurmExecutor):  # type: ignore[misc]
         """Submit it; the job's id. submitit's FailedJobError holds what sbatch said."""
         self.dependency = dependency
         return str(self._submit_command(command).job_id)
+
+
+def hidden_names(environment: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
+    """Variables that sbatch must not see: those of a job that we run in, and those that would win over the script."""
+    kept = {name for name, setting in _DEFAULTS.items() if parameters.get(setting) is None}
+    return sorted(name for name in environment if name.startswith(_SLURMS) and name not in kept | _ALWAYS_KEPT)
 
 
 def executor(logs: Path, parameters: Mapping[str, Any]) -> Executor:
@@ -116,7 +139,7 @@ def _parameters(job: Job, need: Need, name: str) -> dict[str, Any]:
         "wckey": None,
         "stderr_to_stdout": True,
         "use_srun": False,
-        "setup": _setup(slurm),
+        "setup": _setup(slurm, array=need.tasks > 1),
         "additional_parameters": more,
     }
     if need.tasks > 1:
@@ -146,9 +169,12 @@ def _exclusive(asked: Resources) -> dict[str, Any]:
     return how[asked.exclusive]
 
 
-def _setup(slurm: Slurm) -> list[str] | None:
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
-    return [*lines, *slurm.setup] or None
+def _setup(slurm: Slurm, *, array: bool) -> list[str]:
+    """A notice must not end the shell: the batch process asks Slurm whether it missed one."""
+    inherited = [] if array else ["unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_COUNT"]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
+    own = ["set -e", *slurm.setup, "set +e"] if slurm.setup else []
+    return ["trap '' USR2", *inherited, *exports, *own]
 
 
 def _options(words: list[str], setting: str) -> dict[str, Any]:
@@ -161,6 +187,13 @@ def _options(words: list[str], setting: str) -> dict[str, Any]:
                 f"{word!r} is no option of sbatch",
                 where=setting,
                 way_out="write one option an item, as --name=value",
+            )
+        if name[2:] in _OWNED:
+            raise UsageError(
+                "job-invalid",
+                f"{name} is decided by dsqjob",
+                where=setting,
+                way_out="leave it out; `dsqjob schema` lists the settings that shape a job",
             )
         options[name[2:]] = value if equals else True
     return options

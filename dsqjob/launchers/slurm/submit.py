@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from dsqjob.engine.execute import STORAGE_ERRORS
 from dsqjob.engine.fingerprint import digest_of
 from dsqjob.engine.publish import publish_bytes
 from dsqjob.engine.workspace import Workspace, unique_token
@@ -18,9 +20,10 @@ from dsqjob.job.schema import Job
 from dsqjob.launchers.slurm.client import ask
 from dsqjob.launchers.slurm.faults import Faults
 from dsqjob.launchers.slurm.handle import Handle, read_handle
+from dsqjob.launchers.slurm.limits import refuse_short
 from dsqjob.launchers.slurm.refusals import explained
 from dsqjob.launchers.slurm.script import Need, Script, executor, write_script
-from dsqjob.launchers.slurm.watch import alive
+from dsqjob.launchers.slurm.watch import alive, silent, unknown
 
 
 def resolved(job: Job) -> tuple[Path, bytes]:
@@ -32,8 +35,10 @@ def resolved(job: Job) -> tuple[Path, bytes]:
 
 
 def render(job: Job, needs: Sequence[Need]) -> list[Script]:
-    """What would be sent for these stages. UsageError ``job-invalid``, ``container-image``."""
+    """What would be sent for these stages. UsageError ``job-invalid``, ``container-image``, ``time-too-short``."""
     _refuse(job)
+    for need in needs:
+        refuse_short(job, gang=need.gang)
     return [write_script(job, need, resolved(job)[0]) for need in needs]
 
 
@@ -70,7 +75,7 @@ def submit(job: Job, need: Need, after: Sequence[str]) -> Handle:
     (script,) = render(job, [need])
     workspace = Workspace(job.workspace)
     Faults(workspace, need.stage).forget()
-    job.slurm.logs.mkdir(parents=True, exist_ok=True)
+    _make_logs(job.slurm.logs)
     spares = 0 if job.slurm.requeue else job.slurm.spares
     ids: list[str] = []
     for _ in range(spares + 1):
@@ -78,7 +83,7 @@ def submit(job: Job, need: Need, after: Sequence[str]) -> Handle:
         ids.append(_send(script, ",".join(conditions)))
         handle = Handle(
             need.stage, tuple(ids), script.name, time.time(), str(_sent(job, ids[0])), str(script.job_file), need.tasks,
-            str(job.slurm.logs),
+            str(job.slurm.logs), tuple(after),
         )  # fmt: skip
         handle.keep(workspace)
     return handle
@@ -90,29 +95,30 @@ def last_of(handle: Handle) -> str:
 
 
 def _send(script: Script, dependency: str) -> str:
-    made = executor(script.logs, script.parameters)
-    try:
-        return made.send(script.command, dependency)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise explained(str(error), gang=script.need.gang) from None
-    except FileNotFoundError:
+    if shutil.which("sbatch") is None:
         raise UsageError(
             "slurm-missing",
             "there is no sbatch on this machine",
             where="PATH",
             way_out="run this on a login node of the cluster, or choose --on local",
-        ) from None
+        )
+    made = executor(script.logs, script.parameters)
+    try:
+        return made.send(script.command, dependency)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise explained(str(error), gang=script.need.gang) from None
     finally:
-        for left in script.logs.glob(".submission_file_*.sh"):
-            if not left.is_symlink():
-                with suppress(FileNotFoundError):
-                    left.unlink()
+        if made.sent is not None and not made.sent.is_symlink():
+            made.sent.unlink(missing_ok=True)
 
 
 def _known(ids: Sequence[str]) -> list[str]:
     """Slurm drops a dependency on a job that it does not know without a word, and begins at once."""
     for one in ids:
-        if ask("scontrol", "show", "job", "-o", one).code:
+        answer = ask("scontrol", "show", "job", "-o", one)
+        if answer.code and not unknown(answer):
+            raise silent(answer, one)
+        if answer.code:
             raise UsageError(
                 "dependency-unknown",
                 f"Slurm does not know job {one} any more, which this stage should wait for",
@@ -120,6 +126,23 @@ def _known(ids: Sequence[str]) -> list[str]:
                 way_out="run the same command again",
             )
     return list(ids)
+
+
+def _make_logs(folder: Path) -> None:
+    """Slurm takes % for a pattern and \\ for a quote, and fails on the node where the folder is missing."""
+    try:
+        if set("%\\") & set(str(folder)):
+            raise OSError(errno.EINVAL, "Slurm would read its % or \\ otherwise")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in STORAGE_ERRORS:
+            raise
+        raise UsageError(
+            "slurm-logs",
+            f"Slurm's output cannot go there: {error.strerror}",
+            where=f"slurm.logs: {folder}",
+            way_out="set slurm.logs to a folder that all nodes share",
+        ) from None
 
 
 def _sent(job: Job, first: str) -> Path:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsqjob.errors import DsqjobError
+from dsqjob.errors import DsqjobError, PeerError
 from dsqjob.launchers.slurm.cause import fields
-from dsqjob.launchers.slurm.client import ask
+from dsqjob.launchers.slurm.client import Answer, ask
 
 _LIVE = frozenset(
     {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
@@ -36,8 +36,9 @@ _REASONS = {
     "None": "",
     "Priority": "others are before it",
     "Resources": "no free nodes yet",
-    "Dependency": "for the stage before it",
-    "DependencyNeverSatisfied": "the stage before it failed: it can never begin",
+    "Dependency": "for the job before it",
+    "job_requeued_in_held_state": "it was put back and held: scontrol release",
+    "DependencyNeverSatisfied": "the job before it failed: it can never begin",
     "BeginTime": "Slurm lets a requeued job wait a while",
     "JobHeldUser": "held by its user: scontrol release",
     "JobHeldAdmin": "held by an administrator",
@@ -80,6 +81,9 @@ class Observed:
         reason = _REASONS.get(self.reason.partition(",")[0], self.reason)
         if self.reason == "NonZeroExitCode":
             reason = f"exit {self.exit_code.partition(':')[0]}"
+        number = self.exit_code.partition(":")[2]
+        if self.reason == "JobLaunchFailure" and number.isdigit() and int(number):
+            reason = f"its batch process was killed by signal {number}; the same command goes on"
         text += f": {reason}" if reason else ""
         text += f" on {self.nodes}" if self.nodes else ""
         return text + (f", restarted {self.restarts} times" if self.restarts else "")
@@ -96,7 +100,24 @@ def observed(job: str) -> list[Observed]:
     answer = ask("scontrol", "show", "job", "-o", job)
     if answer.code == 0 and answer.out.strip():
         return [_shown(fields(line)) for line in answer.out.splitlines() if line.strip()]
+    if answer.code and not unknown(answer):
+        raise silent(answer, job)
     return _accounted(job)
+
+
+def unknown(answer: Answer) -> bool:
+    """Whether Slurm answered that there is no such job (any more); all else is no answer."""
+    return "invalid job id" in answer.said.lower()
+
+
+def silent(answer: Answer, job: str) -> PeerError:
+    """Slurm did not answer a question about a job."""
+    return PeerError(
+        "slurm-silent",
+        answer.said or f"scontrol ended with {answer.code} and said nothing",
+        where=f"job {job}",
+        way_out="Slurm's controller may be down: try again later; jobs go on meanwhile",
+    )
 
 
 def alive(job: str) -> bool:
