@@ -18,7 +18,16 @@ from dsqjob.launchers import LAUNCHERS
 from dsqjob.stages import MEASURING, STAGES, build, pipeline
 from dsqjob.stages.inputs import Inputs
 
-_REMADE = {"tokens-missing", "mp-missing", "amax-folder-empty", "export-unfinished", "checkpoint-missing"}
+_REMADE = frozenset(
+    {
+        "tokens-missing",
+        "mp-missing",
+        "amax-folder-empty",
+        "export-unfinished",
+        "checkpoint-missing",
+        "fingerprint-changed",
+    }
+)
 """Refusals of a stage whose inputs an earlier one makes."""
 
 

@@ -145,8 +145,8 @@ class Calibrate(_Section):
     """CPU threads of a rank; on a CPU another number may give another last bit."""
     require_known_code: Annotated[bool, Strict()] = False
     """Refuse vendor code whose SHA-256 is neither in dsqjob's table nor in known_code."""
-    known_code: list[str] = Field(default_factory=list)
-    """SHA-256 of vendor files that you vouch for."""
+    known_code: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=list)
+    """SHA-256 of vendor files that you vouch for, as `sha256sum` prints them."""
     timeouts: Timeouts = Timeouts()
     """When a gang is given up."""
     dummy_weights: Annotated[bool, Strict()] = False

@@ -129,3 +129,29 @@ def test_restart_of_export_takes_the_index_away_first(tmp_path: Path, small: Pat
     done = run(job, "export", 0, "--restart")
     removed = [line.rpartition("/")[2] for line in done.stdout.splitlines() if line.startswith("removed")]
     assert removed[0] == INDEX and {"config.json", "model-00001-of-00004.safetensors"} <= set(removed)
+
+
+@pytest.mark.parametrize(
+    ("through", "wrong", "id"),
+    [
+        ("export", {"export__input_scale": "calibrated", "export__amax": "/nonexistent"}, "amax-folder-empty"),
+        ("tokens", {"tokens__data": [{"jsonl": "/nonexistent.jsonl"}]}, "source-missing"),
+        ("verify", {"export__input_scale": "calibrated", "inference_dir": "/nonexistent"}, "vendor-code-missing"),
+    ],
+    ids=["amax", "tokens", "code of a later stage"],
+)
+def test_a_restart_that_cannot_begin_removes_nothing(
+    tmp_path: Path, small: Path, through: str, wrong: dict[str, Any], id: str
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "the wind"}\n' * 4)
+    given = {"tokens__data": [{"jsonl": str(text)}], "tokens__sequence_length": 16}
+    job = write_job(tmp_path, small, **given)
+    dsqjob("run", job, "--stage", "tokens")
+    dsqjob("run", job, "--stage", "export", "--through", "finalize")
+    before = digests(tmp_path / "out"), digests(tmp_path / "work" / "tokens")
+    job = write_job(tmp_path, small, **{**given, **wrong})
+    words = ("--stage", through) if through != "verify" else ("--stage", "tokens", "--through", through)
+    done = dsqjob("run", job, *words, "--restart", code=None)
+    assert error_id(done) == id and "removed" not in done.stdout, done.stderr
+    assert (digests(tmp_path / "out"), digests(tmp_path / "work" / "tokens")) == before
