@@ -8,6 +8,8 @@ from typing import Any
 
 _WINDOW = 60.0
 _QUIET = 120.0
+_HARMLESS = (69, 75)
+"""Exit codes that take nothing from a stage that is done: a peer was lost, or stopped, on the way out."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
             case "unit-done":
                 done[event["unit"]] = event
                 moving.pop(event["unit"], None)
-            case "error":
+            case "error" if seen.state != "done" or event.get("code") not in _HARMLESS:
                 seen.state = "interrupted" if event.get("code") == 75 else "failed"
                 seen.error = f"[{event.get('id')}] {event.get('what')}" + (
                     f" ({event['where']})" if event.get("where") else ""

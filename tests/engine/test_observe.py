@@ -53,6 +53,16 @@ def test_a_gang_that_is_started_again_after_a_fault_runs() -> None:
     assert (again.state, again.error, again.attempts) == ("running", "", 2)
 
 
+def test_a_fault_after_the_end_leaves_a_stage_done() -> None:
+    """A supervisor that stood still while the others finished; what is wrong with the stage itself still counts."""
+    done = [BEGIN, event(1, "stage-done")]
+    for code, state in ((69, "done"), (75, "done"), (65, "failed")):
+        seen = observe([*done, event(2, "error", id="i", what="w", code=code)], 3)["export"]
+        assert (seen.state, bool(seen.error)) == (state, state == "failed")
+    again = [event(2, "gang", attempt="b"), event(3, "error", id="i", what="w", code=69)]
+    assert observe([*done, *again], 4)["export"].state == "failed"
+
+
 def test_a_restart_and_another_fingerprint_forget() -> None:
     done = event(1, "unit-done", unit="a", bytes=100, seconds=1)
     assert observe([BEGIN, done, event(2, "restart")], 3)["export"].units_done == 0
