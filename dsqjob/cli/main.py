@@ -312,7 +312,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: one place where errors become words and exit codes."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for number in (signal.SIGTERM, signal.SIGUSR2):  # until a stage listens for itself
-        signal.signal(number, lambda *_: sys.exit(Interrupted.exit_code))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(Interrupted.exit_code))
     try:
         cli(arguments, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
