@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import TracebackType
 
 import click
 
 from dsqjob.cli.status import duration, progress, sizes
+from dsqjob.engine.claims import Claims
 from dsqjob.engine.events import read_events
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.observe import observe
+from dsqjob.engine.publish import PARTIAL
 from dsqjob.engine.stage import Stage, StageState
-from dsqjob.engine.workspace import free_bytes
+from dsqjob.engine.workspace import Workspace, free_bytes, unique_token
 from dsqjob.job.schema import Job
 from dsqjob.pipeline import Command, StageResult, restart, run_stage, selected
 from dsqjob.stages import GANGS, STAGES, build, pipeline
@@ -68,16 +73,45 @@ def run_pipeline(
     """Run the selected stages to their end and say what came of each."""
     inputs = Inputs(job)
     names = selected(inputs, stage, through)
-    if restart_first:
-        for path in restart(inputs, names):
-            click.echo(f"removed {path}")
+    build(names[0], inputs)  # what it refuses comes before anything is written
     stop = StopRequest(grace=_GRACE)
-    with stop.listening():
+    with stop.listening(), _launching(inputs.workspace):
+        for path in restart(inputs, names) if restart_first else ():
+            click.echo(f"removed {path}")
         for one in names:
+            stop.check()
             begun = time.monotonic()
             with Progress(one, inputs) as progress:
                 result = run_stage(inputs, one, Command(name, sets), stop=stop, watch=progress)
             _report(result, time.monotonic() - begun)
+
+
+@contextmanager
+def _launching(workspace: Workspace) -> Iterator[None]:
+    """A claim of this process, by which ``cancel`` finds it before its workers hold any, and ``logs`` sees it live."""
+    workspace.prepare()
+    claims = Claims(workspace.launches)
+    _sweep_launches(workspace)
+    while (taken := claims.take(f"run-{os.getpid()}-{unique_token()}")) is None:
+        pass
+    try:
+        with claims.beating(taken[0]):
+            yield
+    finally:
+        claims.release(taken[0])
+
+
+def _sweep_launches(workspace: Workspace) -> list[Path]:
+    """Remove what launchers left that were killed; what was removed."""
+    if not workspace.launches.is_dir():
+        return []
+    claims = Claims(workspace.launches)
+    live = claims.live_tokens()
+    partials = [path for path in claims.folder.glob(f"*{PARTIAL}*") if path.name.rpartition(PARTIAL)[2] not in live]
+    swept = sorted([*claims.dead(), *partials])
+    for path in swept:
+        path.unlink(missing_ok=True)
+    return swept
 
 
 def _report(result: StageResult, seconds: float) -> None:
@@ -128,11 +162,11 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def clean_workspace(inputs: Inputs) -> None:
-    """Sweep the partials and claims of dead workers, stage by stage."""
-    swept = 0
+    """Sweep the partials and claims of dead workers, stage by stage, and of dead launchers."""
+    swept = _sweep_launches(inputs.workspace)
     for name in STAGES:
         if inputs.workspace.stage_file(name).exists():
-            for path in StageState(inputs.workspace, build(name, inputs)).sweep_all():
-                click.echo(f"removed {path}")
-                swept += 1
-    click.echo(f"{swept} leftovers removed; finished files stay" if swept else "nothing to clean")
+            swept += StageState(inputs.workspace, build(name, inputs)).sweep_all()
+    for path in swept:
+        click.echo(f"removed {path}")
+    click.echo(f"{len(swept)} leftovers removed; finished files stay" if swept else "nothing to clean")

@@ -47,8 +47,13 @@ class Workspace:
         """Where the nodes of one attempt tell each other how it ended."""
         return self.stage(name) / "gang" / attempt
 
+    @property
+    def launches(self) -> Path:
+        """The claims of processes that start workers of this job on their machine, for as long as they live."""
+        return self.claims("launch")
+
     def all_claims(self) -> list[Path]:
-        """The claims' folders of every stage that was begun."""
+        """The claims' folders of every stage that was begun, and of launchers."""
         return sorted((self.root / "state").glob("*/claims"))
 
     @property
