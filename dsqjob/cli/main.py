@@ -36,6 +36,10 @@ def _overrides(command: F) -> F:
     return command
 
 
+_ALONE = "127.0.0.1:0"
+"""The rendezvous of a single node, which meets nobody."""
+
+
 class _NodeNumber(click.IntRange):
     """A number, or ``slurm``: the number that Slurm gave to this task."""
 
@@ -119,6 +123,7 @@ def worker(stage: str, job: str, run_id: str, die_with_parent: bool, **options: 
     --rendezvous HOST:PORT.
     """
     from dsqjob import worker as work
+    from dsqjob.gang.node import check_meeting
 
     if die_with_parent:
         work.die_with_parent()
@@ -134,14 +139,16 @@ def worker(stage: str, job: str, run_id: str, die_with_parent: bool, **options: 
                 where="--node, --nodes, --rendezvous",
                 way_out=f"dsqjob worker {stage} JOB --node 0 --nodes {nodes} --rendezvous HOST:PORT",
             )
-        work.run_node(stage, given["node"], rendezvous or "127.0.0.1:0", given["attempt"], loaded, run=run_id)
+        check_meeting(rendezvous or _ALONE, given["attempt"])
+        work.run_node(stage, given["node"], rendezvous or _ALONE, given["attempt"], loaded, run=run_id)
         return
     if given["index"] is None or given["count"] is None or given["index"] >= given["count"]:
+        said = None not in (given["index"], given["count"])
         raise UsageError(
             "worker-number",
-            f"worker {given['index']} of {given['count']} does not exist",
+            f"worker {given['index']} of {given['count']} does not exist" if said else f"which worker of {stage}?",
             where="--worker, --workers",
-            way_out="count from 0",
+            way_out="count from 0" if said else f"dsqjob worker {stage} JOB --worker 0 --workers N",
         )
     work.run_worker(stage, given["index"], given["count"], loaded, run=run_id)
 

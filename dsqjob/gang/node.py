@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from dsqjob.errors import UsageError
+
+_ADDRESS = re.compile(r"(\[[^\s\[\]]+\]|[^\s:/\[\]]+):(\d{1,5})")
+_ATTEMPT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,25 @@ class Node:
         """Host and port of the rendezvous."""
         host, _, port = self.rendezvous.rpartition(":")
         return host.strip("[]"), int(port)
+
+
+def check_meeting(rendezvous: str, attempt: str) -> None:
+    """UsageError ``rendezvous-invalid``, ``attempt-invalid``."""
+    match = _ADDRESS.fullmatch(rendezvous)
+    if match is None or not int(match[2]) < 1 << 16:
+        raise UsageError(
+            "rendezvous-invalid",
+            f"{rendezvous!r} is no HOST:PORT with a port below 65536",
+            where="--rendezvous",
+            way_out="name node 0's host and a free port of it, such as node-a:29400",
+        )
+    if _ATTEMPT.fullmatch(attempt) is None:
+        raise UsageError(
+            "attempt-invalid",
+            f"{attempt!r} cannot name an attempt",
+            where="--attempt",
+            way_out="use up to 64 letters, digits, dots, dashes, such as 2",
+        )
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def read_samples(path: Path, limit: int | None, chat: ChatTemplate) -> Iterator[
 
 def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise _bad(path, number, f"no JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):

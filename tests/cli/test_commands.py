@@ -15,6 +15,7 @@ import pytest
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest, Worker, in_words
 from dsqjob.engine.stage import StageState
+from dsqjob.gang.node import check_meeting
 from dsqjob.job.load import load
 from dsqjob.stages import build
 from dsqjob.stages.inputs import Inputs
@@ -153,6 +154,33 @@ def test_a_worker_number_beyond_the_count_is_refused(tmp_path: Path, miniature: 
     job = write_job(tmp_path, miniature)
     done = dsqjob("worker", "export", job, "--worker", 2, "--workers", 2, code=64)
     assert error_id(done) == "worker-number"
+    done = dsqjob("worker", "export", job, "--node", 0, code=64)
+    assert error_id(done) == "worker-number" and "--worker 0 --workers N" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rendezvous", "attempt", "id"),
+    [
+        ("node-a", "1", "rendezvous-invalid"),
+        ("node-a:http", "1", "rendezvous-invalid"),
+        ("node-a:99999", "1", "rendezvous-invalid"),
+        (":29400", "1", "rendezvous-invalid"),
+        ("node-a:29400", "../../evil", "attempt-invalid"),
+        ("node-a:29400", "", "attempt-invalid"),
+    ],
+)
+def test_a_meeting_that_cannot_be_is_refused(
+    tmp_path: Path, miniature: Path, rendezvous: str, attempt: str, id: str
+) -> None:
+    job = write_job(tmp_path, miniature)
+    words = ("--nodes", 2, "--node", 0, "--rendezvous", rendezvous, "--attempt", attempt)
+    assert error_id(dsqjob("worker", "calibrate", job, *words, code=64)) == id
+    assert not (tmp_path / "work").exists()
+
+
+def test_addresses_that_can_be_met() -> None:
+    for good in ("node-a:29400", "10.0.0.1:1", "[fe80::1%eth0]:29400", "127.0.0.1:0"):
+        check_meeting(good, "123_4-0-1")
 
 
 @pytest.mark.parametrize("arguments", [("nothing",), ("run",), ("run", "x", "--stage", "bake"), ("verify",), ()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
 import subprocess
@@ -122,6 +123,7 @@ def test_blank_lines_are_skipped_empty_texts_leave_no_row_and_counts_are_said(tm
         tmp_path / "a.jsonl", "", {"text": "fog"}, "  ", {"text": ""}, {"text": "ship"}, {"text": "not taken"}
     )
     second = lines(tmp_path / "b.jsonl", {"text": "fog"})
+    Path(second).write_bytes(codecs.BOM_UTF8 + Path(second).read_bytes())
     ids, papers, _ = run(
         stage(tmp_path / "j", miniature, [{"jsonl": first, "samples": 3}, {"jsonl": second, "samples": 5}])
     )
