@@ -169,7 +169,7 @@ def status(job: str, as_json: bool, sets: tuple[str, ...]) -> None:
 @click.argument("job")
 @click.option("--stage", type=click.Choice(STAGES), help="This stage's; by default the latest one's.")
 @click.option("--rank", type=click.IntRange(0), help="calibrate: of this rank.")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the stage is over.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the run is over, or --stage.")
 @click.option("--set", "sets", multiple=True, metavar="K=V", hidden=True)
 def logs(job: str, sets: tuple[str, ...], **which: Any) -> None:
     """What workers, supervisors and ranks said."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsqjob.errors import UsageError
+from dsqjob.errors import PeerError, UsageError
 
 _ADDRESS = re.compile(r"(\[[^\s\[\]]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -38,6 +39,19 @@ class Node:
         """Host and port of the rendezvous."""
         host, _, port = self.rendezvous.rpartition(":")
         return host.strip("[]"), int(port)
+
+    def look_up(self) -> None:
+        """PeerError ``rendezvous-host`` where this machine does not know the host of the rendezvous."""
+        host, port = self.address
+        try:
+            socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise PeerError(
+                "rendezvous-host",
+                f"{socket.gethostname()} (node {self.index}) cannot look up {host}: {error}",
+                where=f"--rendezvous {self.rendezvous}",
+                way_out="name node 0 as every node knows it, or by its address",
+            ) from None
 
 
 def check_meeting(rendezvous: str, attempt: str) -> None:

@@ -59,8 +59,9 @@ def supervise(
 
     Raises the error that the gang ended with, of the same exit code on every node: what ``prepare`` or a rank raised;
     PeerError ``rank-died``, ``rank-silent``, ``phase-timeout``, ``node-missing``, ``node-silent``, ``node-cut-off``,
-    ``rendezvous-failed``, ``collective-failed``; Interrupted when ``stop`` was asked here or elsewhere. No rank is left
-    when this returns. Where the process hangs, ``stop`` ends it some seconds after its ranks' grace.
+    ``rendezvous-host``, ``rendezvous-failed``, ``collective-failed``; Interrupted when ``stop`` was asked here or
+    elsewhere. No rank is left when this returns. Where the process hangs, ``stop`` ends it some seconds after its ranks'
+    grace.
     """
     stop.grace = limits.grace + _HARD
     _Supervisor(node, limits, places, log, stop, stage).run(prepare)
@@ -95,6 +96,7 @@ class _Supervisor:
         self._log.write("gang", stage=self._stage, attempt=self._node.attempt, node=self._node.index)
         try:
             self._guarded(self._peers.open)
+            self._guarded(self._node.look_up)
             if not self._own and not self._stopping():
                 self._guarded(lambda: made.append(prepare()))
             if not self._own and self._gathered():

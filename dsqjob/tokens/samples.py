@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ class Sample(NamedTuple):
 
 def read_samples(path: Path, limit: int | None, chat: ChatTemplate) -> Iterator[Sample]:
     """The first ``limit`` samples of a file of JSON lines, in its order; blank lines are none, empty texts
-    count.
+    count, a byte-order mark at its beginning is skipped.
 
     DataError ``jsonl-line`` (bad JSON, no text), ``jsonl-columns``; what ``ChatTemplate.render`` raises.
     """
@@ -35,15 +36,16 @@ def read_samples(path: Path, limit: int | None, chat: ChatTemplate) -> Iterator[
             if taken == limit:
                 return
             end += len(raw)
-            if not raw.strip():
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if not line.strip():
                 continue
             taken += 1
-            yield Sample(_text(_parse(raw, path, number), path, number, chat), number, end)
+            yield Sample(_text(_parse(line, path, number), path, number, chat), number, end)
 
 
 def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _bad(path, number, f"no JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):

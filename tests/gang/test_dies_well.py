@@ -129,6 +129,14 @@ def test_node_never_arrives(gang: Make) -> None:
         assert line.startswith("[node-missing] node 1 did not arrive within 2 s (here: node "), line
 
 
+def test_host_of_the_rendezvous_is_unknown(gang: Make) -> None:
+    """Each node says so at once, and not when its patience is over."""
+    made = gang("sum", 2, 1)
+    made.node["rendezvous"] = "no-such-host.invalid:29500"
+    for line in made.start().ends(69, within=SOON):
+        assert line.startswith("[rendezvous-host] ") and "cannot look up no-such-host.invalid" in line, line
+
+
 def test_port_taken(gang: Make) -> None:
     """The rendezvous cannot be opened on node 0."""
     with socket.socket() as squatter:
