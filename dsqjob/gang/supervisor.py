@@ -60,8 +60,8 @@ def supervise(
     Raises the error that the gang ended with, of the same exit code on every node: what ``prepare`` or a rank raised;
     PeerError ``rank-died``, ``rank-silent``, ``phase-timeout``, ``node-missing``, ``node-silent``, ``node-cut-off``,
     ``rendezvous-host``, ``rendezvous-failed``, ``collective-failed``; Interrupted when ``stop`` was asked here or
-    elsewhere. No rank is left when this returns. Where the process hangs, ``stop`` ends it some seconds after its ranks'
-    grace.
+    elsewhere. No rank is left when this returns. Where the process hangs, ``stop`` ends it some seconds after its
+    ranks' grace.
     """
     stop.grace = limits.grace + _HARD
     _Supervisor(node, limits, places, log, stop, stage).run(prepare)

@@ -257,8 +257,9 @@ def test_amax_smaller_than_the_weights_are_refused(tmp_path: Path, golden: Path)
         export__input_scale="calibrated",
         export__weights="requantize",
     )
-    done = dsqjob("run", job, "--stage", "export", code=65)
-    assert error_id(done) == "amax-too-small"
+    assert error_id(dsqjob("run", job, "--stage", "export", code=65)) == "amax-other-weights"
+    words = ("worker", "export", job, "--worker", 0, "--workers", 1)  # looks at all weights, and takes no sample before
+    assert error_id(dsqjob(*words, code=65)) == "amax-too-small"
     assert not list((tmp_path / "out").glob("*partial*"))
 
 
