@@ -64,7 +64,8 @@ class Export(PooledStage):
         """DataError ``amax-other-weights`` where a recorded weight amax is not that of the weight."""
         ledger = self._inputs.ledger
         rows = {} if ledger is None else {path: row.weight_amax for path, row in ledger.rows.items() if row.weight_amax}
-        sample = set(list(rows)[:: -(-len(rows) // _SAMPLE)]) if rows else set()
+        paths = sorted(rows)  # one step on each time, so that all kinds are among them
+        sample = {paths[(n * len(paths) // _SAMPLE + n) % len(paths)] for n in range(_SAMPLE) if paths}
         shards = {target.shard for target in self._inputs.targets() if target.path in sample} if sample else set()
         for shard in sorted(shards):
             plan = self._inputs.family.export_file(self._inputs.release, shard, self._inputs.route, None)
