@@ -55,7 +55,7 @@ lint: setup ## style, types, layers
 check: lint ## lint, then unit tests (under 3 minutes)
 	.venv/bin/pytest -q $(SHARED) $(UNIT)
 
-test: lint system-packages ## lint, unit tests, whole jobs, faults and README (under 30 minutes)
+test: lint system-packages ## lint, unit tests, whole jobs, faults and README (half an hour on 2 cores)
 	.venv/bin/pytest -q $(SHARED) $(UNIT) $(WHOLE)
 	.venv/bin/pytest -q $(ALONE)
 

@@ -139,8 +139,9 @@ def worker(stage: str, job: str, run_id: str, die_with_parent: bool, **options: 
                 where="--node, --nodes, --rendezvous",
                 way_out=f"dsqjob worker {stage} JOB --node 0 --nodes {nodes} --rendezvous HOST:PORT",
             )
-        check_meeting(rendezvous or _ALONE, given["attempt"])
-        work.run_node(stage, given["node"], rendezvous or _ALONE, given["attempt"], loaded, run=run_id)
+        rendezvous = _ALONE if rendezvous is None else rendezvous
+        check_meeting(rendezvous, given["attempt"], nodes)
+        work.run_node(stage, given["node"], rendezvous, given["attempt"], loaded, run=run_id)
         return
     if given["index"] is None or given["count"] is None or given["index"] >= given["count"]:
         said = None not in (given["index"], given["count"])

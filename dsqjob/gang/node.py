@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsqjob.errors import PeerError, UsageError
 
-_ADDRESS = re.compile(r"(\[[^\s\[\]]+\]|[^\s:/\[\]]+):(\d{1,5})")
+_ADDRESS = re.compile(r"(\[[^\s\[\]]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
@@ -54,13 +54,14 @@ class Node:
             ) from None
 
 
-def check_meeting(rendezvous: str, attempt: str) -> None:
-    """UsageError ``rendezvous-invalid``, ``attempt-invalid``."""
+def check_meeting(rendezvous: str, attempt: str, nodes: int) -> None:
+    """UsageError ``rendezvous-invalid``, ``attempt-invalid``. Port 0, any free one, is for a node that is alone."""
     match = _ADDRESS.fullmatch(rendezvous)
-    if match is None or not int(match[2]) < 1 << 16:
+    least = 0 if nodes == 1 else 1
+    if match is None or not least <= int(match[2]) < 1 << 16:
         raise UsageError(
             "rendezvous-invalid",
-            f"{rendezvous!r} is no HOST:PORT with a port below 65536",
+            f"{rendezvous!r} is no HOST:PORT with a port from {least} to 65535",
             where="--rendezvous",
             way_out="name node 0's host and a free port of it, such as node-a:29400",
         )

@@ -165,6 +165,8 @@ def test_a_worker_number_beyond_the_count_is_refused(tmp_path: Path, miniature: 
         ("node-a:http", "1", "rendezvous-invalid"),
         ("node-a:99999", "1", "rendezvous-invalid"),
         (":29400", "1", "rendezvous-invalid"),
+        ("", "1", "rendezvous-invalid"),
+        ("node-a:0", "1", "rendezvous-invalid"),
         ("node-a:29400", "../../evil", "attempt-invalid"),
         ("node-a:29400", "", "attempt-invalid"),
     ],
@@ -179,8 +181,9 @@ def test_a_meeting_that_cannot_be_is_refused(
 
 
 def test_addresses_that_can_be_met() -> None:
-    for good in ("node-a:29400", "10.0.0.1:1", "[fe80::1%eth0]:29400", "127.0.0.1:0"):
-        check_meeting(good, "123_4-0-1")
+    for good in ("node-a:29400", "10.0.0.1:1", "[fe80::1%eth0]:29400"):
+        check_meeting(good, "123_4-0-1", 2)
+    check_meeting("127.0.0.1:0", "0", 1)
 
 
 @pytest.mark.parametrize("arguments", [("nothing",), ("run",), ("run", "x", "--stage", "bake"), ("verify",), ()])
