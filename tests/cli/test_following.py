@@ -36,12 +36,23 @@ while "worker" in sys.orig_argv and os.path.exists(os.environ["HOLD"]):
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> dict[str, str]:
+def slow(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment in which workers do not come to themselves while the file ``hold`` is there."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SLOW)
     (tmp_path / "hold").touch()
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HOLD": str(tmp_path / "hold")}
+    yield {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HOLD": str(tmp_path / "hold")}
+    (tmp_path / "hold").unlink(missing_ok=True)
+
+
+@contextmanager
+def running(*words: object, slow: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A run that is held; its workers die with it."""
+    with subprocess.Popen(command("run", *words), env=slow, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
 def launches(work: Path) -> list[Path]:
@@ -53,8 +64,7 @@ def test_cancel_finds_a_run_whose_workers_hold_nothing_yet(
 ) -> None:
     """As in the ten seconds in which a gang imports torch."""
     job = write_job(tmp_path, miniature)
-    argv = command("run", job, "--stage", "export")
-    with subprocess.Popen(argv, env=slow, stderr=subprocess.PIPE, text=True) as run:
+    with running(job, "--stage", "export", slow=slow) as run:
         wait_until(lambda: list((tmp_path / "work" / "logs").glob("export-*.log")), 30)
         assert not list((tmp_path / "work" / "state" / "export" / "claims").iterdir())
         assert "no stage has begun" in dsqjob("status", job).stdout
@@ -70,9 +80,8 @@ def test_cancel_finds_a_run_whose_workers_hold_nothing_yet(
 
 def test_what_a_killed_run_left_is_swept(tmp_path: Path, miniature: Path, slow: dict[str, str]) -> None:
     job = write_job(tmp_path, miniature)
-    with subprocess.Popen(command("run", job, "--stage", "export"), env=slow) as run:
+    with running(job, "--stage", "export", slow=slow):
         wait_until(lambda: launches(tmp_path / "work"), 30)
-        run.kill()
     (left,) = launches(tmp_path / "work")
     assert dsqjob("cancel", job).stdout == "nothing is waiting or running\n"
     partial = left.with_name("run-1-x.0.partial-dead")
