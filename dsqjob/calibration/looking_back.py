@@ -29,7 +29,7 @@ def draw_pictures(stage: Calibrate) -> None:
     nothing."""
     newest = []
     for rank in range(stage.n):
-        states = rank_state(stage, rank).load()
+        states = rank_state(stage, rank).load().snapshots
         if not states:
             raise BugError("stage-incomplete", "a rank published nothing", where=rank_state(stage, rank).path)
         newest.append(states[max(states)])

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,14 @@ def history_of(snapshots: Sequence[Snapshot], batch_tokens: Sequence[int]) -> Hi
     )
 
 
+class Loaded(NamedTuple):
+    """Snapshots by cursor; where there are none, ``unusable`` says why a file is of no use: damaged, or of something
+    else."""
+
+    snapshots: dict[int, Snapshot]
+    unusable: str
+
+
 @dataclass(frozen=True)
 class RankState:
     """The file of one rank: its newest snapshot and the one before."""
@@ -87,32 +95,29 @@ class RankState:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(self.path, encode(specs, facts) + body, token)
 
-    def load(self) -> dict[int, Snapshot]:
-        """Snapshots by cursor; none where the file is missing, or cannot be used (``unusable`` says why)."""
-        if not self.path.exists() or self.unusable():
-            return {}
-        header, data = read_header(self.path), self.path.read_bytes()
+    def load(self) -> Loaded:
+        """What can be used of the file; nothing where it is missing."""
+        if not self.path.exists():
+            return Loaded({}, "")
+        try:
+            header, data = read_header(self.path), self.path.read_bytes()
+        except DataError as error:
+            return Loaded({}, error.what)
         metadata = dict(header.metadata or {})
+        if why := self._unusable(metadata, data[header.data_start :]):
+            return Loaded({}, why)
         now = {name: _array(header, data, f"now.{name}") for name in (*_SHORT, *_LONG)}
         found = Snapshot(int(metadata["cursor"]), **now)
         before = {name: _array(header, data, f"before.{name}") for name in _SHORT}
         cursor = int(metadata["before"])
-        return {cursor: Snapshot(cursor, **before, **{n: now[n][:cursor] for n in _LONG}), found.cursor: found}
+        earlier = Snapshot(cursor, **before, **{name: now[name][:cursor] for name in _LONG})
+        return Loaded({cursor: earlier, found.cursor: found}, "")
 
-    def unusable(self) -> str:
-        """Why the file is of no use: damaged, or of something else; empty where it is missing or good."""
-        if not self.path.exists():
-            return ""
-        try:
-            header = read_header(self.path)
-        except DataError as error:
-            return error.what
-        metadata = dict(header.metadata or {})
+    def _unusable(self, metadata: Mapping[str, str], body: bytes) -> str:
         wanted = {"format": _FORMAT, **self.about}
         pairs = [(key, metadata.get(key), value) for key, value in wanted.items()]
         if other := [f"{key} was {found}, is {value}" for key, found, value in pairs if found != value]:
             return "; ".join(other)
-        body = self.path.read_bytes()[header.data_start :]
         same = hashlib.sha256(body).hexdigest() == metadata.get("sha256")
         return "" if same else "its bytes are not those that were written"
 

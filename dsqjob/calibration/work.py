@@ -55,8 +55,7 @@ class CalibrationWork:
         torch.set_num_threads(self.job.calibrate.threads)
         rank.phase("start", limits.rendezvous)
         device = claim_device(self.job.device, rank.index, rank.local)
-        computing = {"device": device.type, "torch": torch.__version__, "modelopt": version("nvidia-modelopt")}
-        state = rank_state(self.stage, rank.index, **computing)
+        state = rank_state(self.stage, rank.index, device=device.type, **_software())
         rank.join("nccl" if device.type == "cuda" else "gloo", device if device.type == "cuda" else None)
         holder = Claims(self.state.workspace.claims(self.stage.name)).holder(AMAX) if rank.index == 0 else None
         self.token = broadcast(str((holder or {}).get("token", unique_token())))
@@ -84,8 +83,7 @@ class CalibrationWork:
         release = self.stage.inputs.release.root / "config.json"
         facts = {
             "dsqjob": __version__,
-            "torch": torch.__version__,
-            "modelopt": version("nvidia-modelopt"),
+            **_software(),
             "fingerprint": self.fingerprint,
             "device": name,
             "release": f"{release.stat().st_size} bytes of config.json",
@@ -118,11 +116,12 @@ class CalibrationWork:
 
     def _begin(self, rank: Rank, wiring: Wiring, state: RankState) -> Snapshot:
         """The newest snapshot that every rank has."""
-        if why := state.unusable():
+        snapshots, why = state.load()
+        if why:
             print(f"{state.path} is not used: {why}", file=sys.stderr, flush=True)
             rank.log.write("state-unusable", stage=self.stage.name, rank=rank.index, what=why, where=str(state.path))
         layers, experts = wiring.shape
-        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **state.load()}
+        mine = {0: empty_snapshot(layers, experts, len(wiring.kinds)), **snapshots}
         return mine[max(set.intersection(*gather(set(mine))))]
 
     def _measure(self, rank: Rank, wiring: Wiring, state: RankState) -> Snapshot:
@@ -188,8 +187,7 @@ class CalibrationWork:
             "batch_size": str(self.job.calibrate.batch_size),
             "tokens": self.stage.tokens.digest,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "modelopt": version("nvidia-modelopt"),
+            **_software(),
             "weights": "made up" if self.job.calibrate.dummy_weights else "release",
         }
 
@@ -202,6 +200,11 @@ class CalibrationWork:
         ids = continue_prompt(wiring.model, self.stage.prompt, count, wiring.device, tick)
         if rank.index == 0:
             self.stage.write_generated(ids)
+
+
+def _software() -> dict[str, str]:
+    """What computes, by version."""
+    return {"torch": torch.__version__, "modelopt": version("nvidia-modelopt")}
 
 
 def _batch_id(number: int) -> str:

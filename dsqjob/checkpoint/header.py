@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from dsqjob.errors import DataError
 
@@ -82,24 +82,29 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises DataError: ``header-truncated``, ``git-lfs-pointer``, ``header-length``, and what ``parse`` raises.
     """
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        first = file.read(8)
-        if len(first) < 8:
-            raise _bad(path, "header-truncated", f"the file ends after {size} bytes, inside its first eight")
-        length = int.from_bytes(first, "little")
-        if length > MAX_HEADER_BYTES or length > size - 8:
-            start = first + file.read(len(_LFS_PREFIX))
-            if start.startswith(_LFS_PREFIX):
-                raise DataError(
-                    "git-lfs-pointer",
-                    "this is a Git LFS pointer, not a shard: the weights were not downloaded",
-                    where=path,
-                    way_out="download the release with its large files (`git lfs pull`, or the Hub's downloader)",
-                )
-            if length > MAX_HEADER_BYTES:
-                raise _bad(path, "header-length", f"header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-            raise _bad(path, "header-truncated", f"header of {length} bytes in a file of {size}")
-        text = file.read(length)
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
+    """The same of a file that stands at its beginning."""
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    if len(first) < 8:
+        raise _bad(path, "header-truncated", f"the file ends after {size} bytes, inside its first eight")
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER_BYTES or length > size - 8:
+        start = first + file.read(len(_LFS_PREFIX))
+        if start.startswith(_LFS_PREFIX):
+            raise DataError(
+                "git-lfs-pointer",
+                "this is a Git LFS pointer, not a shard: the weights were not downloaded",
+                where=path,
+                way_out="download the release with its large files (`git lfs pull`, or the Hub's downloader)",
+            )
+        if length > MAX_HEADER_BYTES:
+            raise _bad(path, "header-length", f"header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        raise _bad(path, "header-truncated", f"header of {length} bytes in a file of {size}")
+    text = file.read(length)
     if len(text) < length:
         raise _bad(path, "header-truncated", f"the file ends inside its header of {length} bytes")
     return parse(text, path=path, file_size=size)

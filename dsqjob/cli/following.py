@@ -18,7 +18,7 @@ from dsqjob.engine.observe import observe
 from dsqjob.engine.workspace import Workspace
 from dsqjob.errors import DsqjobError, UsageError
 from dsqjob.launchers.slurm.client import ask
-from dsqjob.launchers.slurm.handle import read_handle
+from dsqjob.launchers.slurm.handle import Handle, read_handle
 from dsqjob.launchers.slurm.watch import alive, observed
 from dsqjob.stages import GANGS, STAGES
 
@@ -180,15 +180,14 @@ def _over(workspace: Workspace, stage: str, *, named: bool) -> bool:
     seen = observe(read_events(workspace.events), time.time()).get(stage)
     if any(_holders(workspace.launches)):
         return named and seen is not None and seen.state == "done"
-    submitted = [one for one in STAGES if one == stage or not named if read_handle(workspace, one) is not None]
-    if submitted:
-        return not _queue_goes_on(workspace, submitted)
+    stages = [one for one in reversed(STAGES) if one == stage or not named]
+    if handles := [handle for one in stages if (handle := read_handle(workspace, one)) is not None]:
+        return not _queue_goes_on(handles)
     return seen is not None and seen.state not in _GOES_ON
 
 
-def _queue_goes_on(workspace: Workspace, stages: Sequence[str]) -> bool:
-    """Whether a job of these stages waits or runs; also where Slurm cannot be asked."""
-    handles = [handle for stage in reversed(stages) if (handle := read_handle(workspace, stage)) is not None]
+def _queue_goes_on(handles: Sequence[Handle]) -> bool:
+    """Whether a job of these waits or runs; also where Slurm cannot be asked."""
     jobs = (job for handle in handles for job in handle.jobs)
     try:
         return any(one.alive and one.reason != _NEVER for job in jobs for one in observed(job))

@@ -75,11 +75,8 @@ def _alone(inputs: Inputs) -> Iterator[None]:
             where=claims.folder,
             way_out="wait until it is done; then the same command shows what is in the queue",
         )
-    try:
-        with claims.beating(taken[0]):
-            yield
-    finally:
-        claims.release(taken[0])
+    with claims.keeping(taken[0]):
+        yield
 
 
 def _refuse_restart(job: Job, names: Sequence[str]) -> None:

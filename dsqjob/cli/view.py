@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from types import TracebackType
 
 import click
@@ -17,7 +16,6 @@ from dsqjob.engine.claims import Claims
 from dsqjob.engine.events import read_events
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.observe import observe
-from dsqjob.engine.publish import PARTIAL
 from dsqjob.engine.stage import Stage, StageState
 from dsqjob.engine.workspace import Workspace, free_bytes, unique_token
 from dsqjob.job.schema import Job
@@ -91,27 +89,11 @@ def _launching(workspace: Workspace) -> Iterator[None]:
     """A claim of this process, by which ``cancel`` finds it before its workers hold any, and ``logs`` sees it live."""
     workspace.prepare()
     claims = Claims(workspace.launches)
-    _sweep_launches(workspace)
+    claims.sweep()
     while (taken := claims.take(f"run-{os.getpid()}-{unique_token()}")) is None:
         pass
-    try:
-        with claims.beating(taken[0]):
-            yield
-    finally:
-        claims.release(taken[0])
-
-
-def _sweep_launches(workspace: Workspace) -> list[Path]:
-    """Remove what launchers left that were killed; what was removed."""
-    if not workspace.launches.is_dir():
-        return []
-    claims = Claims(workspace.launches)
-    live = claims.live_tokens()
-    partials = [path for path in claims.folder.glob(f"*{PARTIAL}*") if path.name.rpartition(PARTIAL)[2] not in live]
-    swept = sorted([*claims.dead(), *partials])
-    for path in swept:
-        path.unlink(missing_ok=True)
-    return swept
+    with claims.keeping(taken[0]):
+        yield
 
 
 def _report(result: StageResult, seconds: float) -> None:
@@ -163,7 +145,8 @@ class Progress(AbstractContextManager["Progress"]):
 
 def clean_workspace(inputs: Inputs) -> None:
     """Sweep the partials and claims of dead workers, stage by stage, and of dead launchers."""
-    swept = _sweep_launches(inputs.workspace)
+    launches = inputs.workspace.launches
+    swept = Claims(launches).sweep() if launches.is_dir() else []
     for name in STAGES:
         if inputs.workspace.stage_file(name).exists():
             swept += StageState(inputs.workspace, build(name, inputs)).sweep_all()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from dsqjob.checkpoint.header import MAX_HEADER_BYTES, Header, TensorSpec, parse, read_header
+from dsqjob.checkpoint.header import Header, TensorSpec, header_of, read_header
 from dsqjob.dataplan.plan import Copy, FilePlan, Item, region_of
 from dsqjob.engine.fingerprint import digest_of
 from dsqjob.errors import DataError
@@ -60,7 +60,7 @@ def mp_identity(folder: Path, names: list[str]) -> str:
 def _identity(path: Path) -> list[Any]:
     """File size, header and digest of the sample of one file, which is opened once."""
     with path.open("rb", buffering=0) as file:
-        header = _header_of(file, path)
+        header = header_of(file, path)
         entries, sample = list(header.tensors.values()), hashlib.sha256()
         count = min(_SAMPLED, len(entries))
         for entry in (entries[number * len(entries) // count] for number in range(count)):
@@ -69,15 +69,6 @@ def _identity(path: Path) -> list[Any]:
             sample.update(os.pread(file.fileno(), length, header.offset(entry.name) + (entry.nbytes - length) // 2))
     tensors = [[e.name, e.dtype, list(e.shape), header.offset(e.name)] for e in entries]
     return [header.file_size, tensors, sample.hexdigest()]
-
-
-def _header_of(file: BinaryIO, path: Path) -> Header:
-    """What ``read_header`` gives, from a file that is open; it says itself what is wrong with the length."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(MAX_HEADER_BYTES, size - 8):
-        return read_header(path)
-    return parse(file.read(length), path=path, file_size=size)
 
 
 def _existing(folder: Path, name: str) -> Path:

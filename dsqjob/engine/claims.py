@@ -12,12 +12,13 @@ import json
 import os
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsqjob.engine.publish import create_exclusively
+from dsqjob.engine.publish import PARTIAL, create_exclusively
 from dsqjob.engine.workspace import unique_token
 
 HEARTBEAT = 10.0
@@ -121,6 +122,24 @@ class Claims:
     def dead(self) -> list[Path]:
         """Claims whose holder is dead."""
         return [path for path in self._paths() if self._dead(path)]
+
+    @contextmanager
+    def keeping(self, claim: Claim) -> Iterator[None]:
+        """Keep ``claim`` alive, and give it back at the end."""
+        try:
+            with self.beating(claim):
+                yield
+        finally:
+            self.release(claim)
+
+    def sweep(self) -> list[Path]:
+        """Remove dead claims, and partials that none of the live ones is making; what was removed."""
+        live = self.live_tokens()
+        partials = [path for path in self.folder.glob(f"*{PARTIAL}*") if path.name.rpartition(PARTIAL)[2] not in live]
+        swept = sorted([*self.dead(), *partials])
+        for path in swept:
+            path.unlink(missing_ok=True)
+        return swept
 
     def beating(self, claim: Claim) -> _Heart:
         """A context that keeps ``claim`` alive."""

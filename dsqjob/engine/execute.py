@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -15,6 +14,7 @@ from types import FrameType
 
 from dsqjob.engine.claims import Claim, Claims
 from dsqjob.engine.events import EventLog
+from dsqjob.engine.parent import dies_with_parent
 from dsqjob.engine.stage import Context, PooledStage, StageState, Unit
 from dsqjob.errors import BugError, DataError, DsqjobError, Interrupted, StorageError, UsageError
 
@@ -25,7 +25,6 @@ GRACE = 6.0
 """Seconds between a signal and the hard exit: a kill at any instant is harmless, so a stuck fsync need not be waited
 for."""
 _LISTEN = 0.2
-_PR_GET_PDEATHSIG = 2
 _FIRST_PAUSE = 0.05
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -78,7 +77,7 @@ class StopRequest:
     @property
     def cause(self) -> str:
         """The signal by name, or what stands behind it; empty where none came."""
-        if self.signal == signal.SIGTERM and os.getppid() != self._parent and _dies_with_parent():
+        if self.signal == signal.SIGTERM and os.getppid() != self._parent and dies_with_parent():
             return f"the end of its launcher (process {self._parent})"
         return self.signal.name if self.signal is not None else ""
 
@@ -88,12 +87,6 @@ class StopRequest:
             raise Interrupted(
                 "interrupted", f"stopped by {self.cause}", way_out="run the same command again: it resumes"
             )
-
-
-def _dies_with_parent() -> bool:
-    asked = ctypes.c_int()
-    ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(asked))
-    return asked.value != 0
 
 
 class _UnitContext(Context):
@@ -139,6 +132,7 @@ class Worker:
         Units that other workers hold are waited for, since a holder may die and leave its unit to us.
         """
         stage = _pooled(state)
+        stage.check()
         state.begin()
         claims = Claims(state.workspace.claims(stage.name), job=self._job)
         self._log.write(

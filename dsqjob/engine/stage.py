@@ -181,8 +181,8 @@ class StageState:
         return not any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
     def begin(self) -> None:
-        """Take the output folder and write down the fingerprint, unless that was done before."""
-        self.stage.check()
+        """Take the output folder and write down the fingerprint, unless that was done before; once the stage is
+        checked."""
         self.workspace.prepare()
         if not self.compare():
             try:
@@ -279,7 +279,7 @@ class StageState:
         claims = Claims(claims_folder)
         live = {token for folder in self.workspace.all_claims() for token in Claims(folder).live_tokens()}
         folders = {self.stage.folder / Path(output).parent for unit in self.stage.units for output in unit.outputs}
-        folders |= {self.stage.folder, claims_folder, claims_folder.parent, claims_folder.parent.parent}
+        folders |= {self.stage.folder, claims_folder.parent, claims_folder.parent.parent}
         folders |= {self.workspace.records(self.stage.name), self.workspace.ranks(self.stage.name)}
         swept = []
         for folder in sorted(folders):
@@ -287,10 +287,7 @@ class StageState:
                 if path.name.rpartition(PARTIAL)[2] not in live:
                     path.unlink(missing_ok=True)
                     swept.append(path)
-        for path in claims.dead():
-            path.unlink(missing_ok=True)
-            swept.append(path)
-        return swept
+        return swept + claims.sweep()
 
     def restart(self) -> list[Path]:
         """Forget the stage: remove the files that its records name, then its state. Nothing else is touched."""

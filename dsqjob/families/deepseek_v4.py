@@ -210,6 +210,9 @@ class DeepSeekV4(Family):
                     sharing = Sharing(path, container, kind, groups[_GROUP[kind]])
                     yield Target(sharing, release.index[f"{path}.weight"], rows, half * 2)
 
+    def projection(self, release: Release, path: str) -> Mxfp4:
+        return _mxfp4(release, path)
+
     def routes(self, release: Release) -> Sequence[str]:  # noqa: ARG002 (check() refuses all other dtypes)
         return (_CAST, _REQUANTIZE)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dsqjob.amax.settle import Settled, Sharing
 from dsqjob.checkpoint.release import Release
-from dsqjob.dataplan.plan import FilePlan
+from dsqjob.dataplan.plan import FilePlan, Mxfp4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,10 @@ class Family(ABC):
     @abstractmethod
     def targets(self, release: Release) -> Iterator[Target]:
         """All projections to quantize, in the order of their names' numbers."""
+
+    @abstractmethod
+    def projection(self, release: Release, path: str) -> Mxfp4:
+        """Where a projection to quantize lies."""
 
     @abstractmethod
     def routes(self, release: Release) -> Sequence[str]:

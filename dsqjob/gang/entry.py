@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsqjob.engine.execute import in_words
+from dsqjob.engine.parent import die_with_parent
 from dsqjob.errors import BugError, DsqjobError, Interrupted, PeerError
 from dsqjob.gang.board import ASKED, LEAVE, Board
 from dsqjob.gang.ending import Ending
@@ -28,7 +28,6 @@ from dsqjob.gang.rank import Rank
 
 _BEAT = 0.5
 _HICCUP = 2.0
-_PR_SET_PDEATHSIG = 1
 _LOST = re.compile(r"gloo|nccl|tcpstore", re.IGNORECASE)
 LOST = "collective-failed"
 """The id of a rank whose peers vanished: a victim, most often."""
@@ -42,7 +41,7 @@ def run_rank(
     ``supervisor`` is the process that forked it.
     """
     local = int(os.environ["LOCAL_RANK"])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     # too late, or a second time: elastic starts ranks anew where it thinks that nodes changed
     if os.getppid() != supervisor or board.word >= ASKED or board.read(local).pid:
         os._exit(Interrupted.exit_code)

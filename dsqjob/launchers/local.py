@@ -160,7 +160,7 @@ def _ticks(
 def _outcome(codes: dict[int, str], stop: StopRequest) -> tuple[int, str]:
     """Exit code and words: of a signal to this process, or of the worst that a worker ended with."""
     if stop.signal is not None:
-        return Interrupted.exit_code, f"stopped by {stop.signal.name}; the same command resumes"
+        return Interrupted.exit_code, f"stopped by {stop.cause}; the same command resumes"
     worst = min(codes, key=_SEVERITY.index)
     return worst, codes[worst]
 

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from dsqjob.checkpoint.header import Entry
 from dsqjob.dataplan.file_sink import pour_file
-from dsqjob.dataplan.plan import Cast, Requantize
 from dsqjob.dataplan.projections import TensorScales
 from dsqjob.dataplan.sources import Sources
 from dsqjob.engine.fingerprint import Fingerprint, digest_of
@@ -62,26 +61,22 @@ class Export(PooledStage):
 
     def check(self) -> None:
         """DataError ``amax-other-weights`` where a recorded weight amax is not that of the weight."""
-        ledger = self._inputs.ledger
-        rows = {} if ledger is None else {path: row.weight_amax for path, row in ledger.rows.items() if row.weight_amax}
-        paths = sorted(rows)  # one step on each time, so that all kinds are among them
+        inputs, ledger = self._inputs, self._inputs.ledger
+        recorded = {} if ledger is None else {path: row.weight_amax for path, row in ledger.rows.items()}
+        paths = sorted(path for path, value in recorded.items() if value and f"{path}.weight" in inputs.release.index)
+        # one step on each time, so that all kinds are among them
         sample = {paths[(n * len(paths) // _SAMPLE + n) % len(paths)] for n in range(_SAMPLE) if paths}
-        shards = {target.shard for target in self._inputs.targets() if target.path in sample} if sample else set()
-        for shard in sorted(shards):
-            plan = self._inputs.family.export_file(self._inputs.release, shard, self._inputs.route, None)
-            with Sources(self._inputs.release.root) as sources:
-                for op in (item.op for item in plan.items):
-                    if isinstance(op, Cast | Requantize) and op.source.path in sample:
-                        self._compare(op.source.path, rows[op.source.path], TensorScales(sources).largest(op.source))
-
-    def _compare(self, path: str, recorded: float | None, found: float) -> None:
-        if recorded != found:
-            raise DataError(
-                "amax-other-weights",
-                f"the largest weight of {path} is {found}, calibration recorded {recorded}: it saw other weights",
-                where=self._inputs.job.export.amax,
-                way_out="calibrate this release, or point export.amax at its amax",
-            )
+        with Sources(inputs.release.root) as sources:
+            for path in sorted(sample):
+                found = TensorScales(sources).largest(inputs.family.projection(inputs.release, path))
+                if found != recorded[path]:
+                    raise DataError(
+                        "amax-other-weights",
+                        f"the largest weight of {path} is {found}, calibration recorded {recorded[path]}: it saw other "
+                        "weights",
+                        where=inputs.job.export.amax,
+                        way_out="calibrate this release, or point export.amax at its amax",
+                    )
 
     def do(self, unit: Unit, context: Context) -> Done:
         inputs = self._inputs

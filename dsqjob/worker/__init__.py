@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from dsqjob.engine import parent
 from dsqjob.engine.claims import whoami
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest, Worker, in_words
@@ -23,7 +23,6 @@ _FOOTPRINT = 160 * _MIB
 """What a worker takes before it holds any data: interpreter, numpy, compiled loops, headers of a large release."""
 _PIECES = 6
 """Pieces of the chunk size that may be in memory at once."""
-_PR_SET_PDEATHSIG = 1
 
 
 def chunk_bytes(memory: int) -> int:
@@ -84,9 +83,9 @@ def _tell(log: EventLog, stage: str, error: DsqjobError) -> None:
 
 def die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the process that started this one is gone."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
+    launcher = os.getppid()
+    parent.die_with_parent(signal.SIGTERM)
+    if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -75,12 +75,8 @@ def _holding(state: StageState, stop: StopRequest) -> Iterator[None]:
     """The stage's claim: no two gangs at once. A holder of another host that is silent is waited for, as it may be
     dead."""
     claims = Claims(state.workspace.claims(state.stage.name))
-    claim = _take(claims, state, stop)
-    try:
-        with claims.beating(claim):
-            yield
-    finally:
-        claims.release(claim)
+    with claims.keeping(_take(claims, state, stop)):
+        yield
 
 
 def _take(claims: Claims, state: StageState, stop: StopRequest) -> Claim:

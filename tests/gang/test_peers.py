@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from dsqjob.gang.ending import Ending, Report
 from dsqjob.gang.node import Limits, Node
 from dsqjob.gang.peers import Peers
+from tests.faults.processes import wait_until
 
 LIMITS = Limits(rendezvous=10, silence=5)
 GOOD = {"token": "t", "host": "h", "seen": {}, "asked": "", "report": None}
@@ -29,26 +29,19 @@ def peers(folder: Path, index: int) -> Peers:
     return Peers(folder, Node(index, 2, 1, "127.0.0.1:1", "a", "job"), f"host{index}", LIMITS)
 
 
-def within(seconds: float, true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("word", STRANGE, ids=str)
 def test_a_file_that_is_no_word_of_ours_says_nothing_and_stops_nobody(tmp_path: Path, word: object) -> None:
     here, there = peers(tmp_path, 0), peers(tmp_path, 1)
     here.open()
     try:
         (tmp_path / "node1.json").write_text(json.dumps(word))
-        within(10, lambda: here.told)
+        wait_until(lambda: here.told, 10)
         time.sleep(1)  # two looks
         assert here.missing == [1] and not here.reports
         there.open()
-        within(10, lambda: here.hosts == {1: "host1"} and there.hosts == {0: "host0"})
+        wait_until(lambda: here.hosts == {1: "host1"} and there.hosts == {0: "host0"}, 10)
         there.publish(Report("SIGTERM", (Ending(75, rank=1),), well=False))
-        within(10, lambda: here.reports)
+        wait_until(lambda: here.reports, 10)
         assert here.reports[1].endings[0].code == 75 and here.reports[1].asked == "SIGTERM"
     finally:
         here.close()

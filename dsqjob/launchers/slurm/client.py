@@ -27,12 +27,7 @@ def ask(*argv: str, seconds: float = _PATIENCE) -> Answer:
             check=False,
         )  # fmt: skip
     except FileNotFoundError:
-        raise UsageError(
-            "slurm-missing",
-            f"there is no {argv[0]} on this machine",
-            where="PATH",
-            way_out="run this on a login node of the cluster, or choose --on local",
-        ) from None
+        raise missing(argv[0]) from None
     except subprocess.TimeoutExpired:
         raise PeerError(
             "slurm-silent",
@@ -41,3 +36,13 @@ def ask(*argv: str, seconds: float = _PATIENCE) -> Answer:
             way_out="Slurm's controller may be down: try again later; jobs go on meanwhile",
         ) from None
     return Answer(done.returncode, done.stdout, done.stderr.strip())
+
+
+def missing(program: str) -> UsageError:
+    """A command of Slurm that is not installed here."""
+    return UsageError(
+        "slurm-missing",
+        f"there is no {program} on this machine",
+        where="PATH",
+        way_out="run this on a login node of the cluster, or choose --on local",
+    )

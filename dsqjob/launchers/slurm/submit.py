@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
@@ -17,13 +16,13 @@ from dsqjob.engine.publish import publish_bytes
 from dsqjob.engine.workspace import Workspace, unique_token
 from dsqjob.errors import UsageError
 from dsqjob.job.schema import Job
-from dsqjob.launchers.slurm.client import ask
+from dsqjob.launchers.slurm.client import missing
 from dsqjob.launchers.slurm.faults import Faults
 from dsqjob.launchers.slurm.handle import Handle, read_handle
 from dsqjob.launchers.slurm.limits import refuse_short
 from dsqjob.launchers.slurm.refusals import explained
 from dsqjob.launchers.slurm.script import Need, Script, executor, write_script
-from dsqjob.launchers.slurm.watch import alive, silent, unknown
+from dsqjob.launchers.slurm.watch import alive, said_of
 
 
 def resolved(job: Job) -> tuple[Path, bytes]:
@@ -96,12 +95,7 @@ def last_of(handle: Handle) -> str:
 
 def _send(script: Script, dependency: str) -> str:
     if shutil.which("sbatch") is None:
-        raise UsageError(
-            "slurm-missing",
-            "there is no sbatch on this machine",
-            where="PATH",
-            way_out="run this on a login node of the cluster, or choose --on local",
-        )
+        raise missing("sbatch")
     made = executor(script.logs, script.parameters)
     try:
         return made.send(script.command, dependency)
@@ -115,10 +109,7 @@ def _send(script: Script, dependency: str) -> str:
 def _known(ids: Sequence[str]) -> list[str]:
     """Slurm drops a dependency on a job that it does not know without a word, and begins at once."""
     for one in ids:
-        answer = ask("scontrol", "show", "job", "-o", one)
-        if answer.code and not unknown(answer):
-            raise silent(answer, one)
-        if answer.code:
+        if not said_of(one):
             raise UsageError(
                 "dependency-unknown",
                 f"Slurm does not know job {one} any more, which this stage should wait for",
@@ -130,19 +121,23 @@ def _known(ids: Sequence[str]) -> list[str]:
 
 def _make_logs(folder: Path) -> None:
     """Slurm takes % for a pattern and \\ for a quote, and fails on the node where the folder is missing."""
+    if set("%\\") & set(str(folder)):
+        raise _unfit(folder, "Slurm would read its % or \\ otherwise")
     try:
-        if set("%\\") & set(str(folder)):
-            raise OSError(errno.EINVAL, "Slurm would read its % or \\ otherwise")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in STORAGE_ERRORS:
             raise
-        raise UsageError(
-            "slurm-logs",
-            f"Slurm's output cannot go there: {error.strerror}",
-            where=f"slurm.logs: {folder}",
-            way_out="set slurm.logs to a folder that all nodes share",
-        ) from None
+        raise _unfit(folder, str(error.strerror)) from None
+
+
+def _unfit(folder: Path, why: str) -> UsageError:
+    return UsageError(
+        "slurm-logs",
+        f"Slurm's output cannot go there: {why}",
+        where=f"slurm.logs: {folder}",
+        way_out="set slurm.logs to a folder that all nodes share",
+    )
 
 
 def _sent(job: Job, first: str) -> Path:

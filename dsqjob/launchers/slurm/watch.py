@@ -8,7 +8,7 @@ from typing import Any
 
 from dsqjob.errors import DsqjobError, PeerError
 from dsqjob.launchers.slurm.cause import fields
-from dsqjob.launchers.slurm.client import Answer, ask
+from dsqjob.launchers.slurm.client import ask
 
 _LIVE = frozenset(
     {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
@@ -97,27 +97,25 @@ def observed(job: str) -> list[Observed]:
 
     PeerError ``slurm-silent``, UsageError ``slurm-missing``.
     """
-    answer = ask("scontrol", "show", "job", "-o", job)
-    if answer.code == 0 and answer.out.strip():
-        return [_shown(fields(line)) for line in answer.out.splitlines() if line.strip()]
-    if answer.code and not unknown(answer):
-        raise silent(answer, job)
+    if said := said_of(job):
+        return [_shown(fields(line)) for line in said.splitlines() if line.strip()]
     return _accounted(job)
 
 
-def unknown(answer: Answer) -> bool:
-    """Whether Slurm answered that there is no such job (any more); all else is no answer."""
-    return "invalid job id" in answer.said.lower()
+def said_of(job: str) -> str:
+    """What scontrol says of a job, a line a record; empty where there is no such job (any more).
 
-
-def silent(answer: Answer, job: str) -> PeerError:
-    """Slurm did not answer a question about a job."""
-    return PeerError(
-        "slurm-silent",
-        answer.said or f"scontrol ended with {answer.code} and said nothing",
-        where=f"job {job}",
-        way_out="Slurm's controller may be down: try again later; jobs go on meanwhile",
-    )
+    PeerError ``slurm-silent``, for all else is no answer; UsageError ``slurm-missing``.
+    """
+    answer = ask("scontrol", "show", "job", "-o", job)
+    if answer.code and "invalid job id" not in answer.said.lower():
+        raise PeerError(
+            "slurm-silent",
+            answer.said or f"scontrol ended with {answer.code} and said nothing",
+            where=f"job {job}",
+            way_out="Slurm's controller may be down: try again later; jobs go on meanwhile",
+        )
+    return "" if answer.code else answer.out.strip()
 
 
 def alive(job: str) -> bool:
