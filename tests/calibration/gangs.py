@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import socket
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.harness import events, write_job
+from tests.waiting import wait_until
 from tests.warm import CHECKOUT, Started, Warm
 
 TEXT = CHECKOUT / "dsqjob" / "jobs" / "miniature-v4.jsonl"
@@ -67,7 +67,7 @@ class Gang:
         """Process ids, in the order of nodes and of their starts."""
         return [pid for one in self.supervisors for pid in one.children()]
 
-    def until(self, event: str, seconds: float = 60, **fields: Any) -> dict[str, Any]:
+    def until(self, event: str, **fields: Any) -> dict[str, Any]:
         """The first event of that kind with these fields, waited for."""
         found: list[dict[str, Any]] = []
 
@@ -75,7 +75,7 @@ class Gang:
             found[:] = seen(self.folder, event, **fields)
             return bool(found) or any(not one.processes() for one in self.supervisors)
 
-        wait_until(there, seconds)
+        wait_until(there)
         assert found, "\n".join(one.said() for one in self.supervisors) + self.logs()
         return found[0]
 
@@ -90,13 +90,6 @@ def seen(folder: Path, event: str, **fields: Any) -> list[dict[str, Any]]:
     wanted = {"event": event, **fields}
     found = [one for one in events(folder / "work") if all(one.get(name) == value for name, value in wanted.items())]
     return sorted(found, key=lambda one: one["time"])
-
-
-def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def amax_of(folder: Path) -> dict[str, bytes]:

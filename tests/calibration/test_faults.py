@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from tests.calibration.bad import overwrite
-from tests.calibration.gangs import BATCHES, Gang, Holds, amax_of, calibration_job, done, seen, wait_until
+from tests.calibration.gangs import BATCHES, Gang, Holds, amax_of, calibration_job, done, seen
+from tests.waiting import wait_until
 from tests.warm import Warm
 
 
@@ -33,7 +34,7 @@ def held(warm: Warm, job: Path, holds: Holds, place: str, rank: int) -> Gang:
     """A gang whose ``rank`` waits at that place."""
     holds.set(place, rank)
     gang = Gang(warm, job, environment=holds.environment)
-    wait_until(lambda: holds.reached(place, rank), 60)
+    wait_until(lambda: holds.reached(place, rank))
     return gang
 
 
@@ -54,7 +55,7 @@ def rename_held(pid: int, which: int, log: Path) -> Iterator[None]:
     hold = ["-e", "trace=rename", "-e", f"inject=rename:delay_enter=60000000:when={which}"]
     tracer = subprocess.Popen(["strace", "-f", "-qq", "-o", str(log), *hold, "-p", str(pid)])
     try:
-        wait_until(lambda: b"TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_bytes(), 20)
+        wait_until(lambda: b"TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_bytes())
         yield
     finally:
         tracer.kill()

@@ -103,7 +103,7 @@ def test_logs_and_cancel_from_another_shell(warm: Warm, job: Path, holds: Holds,
         said = dsqjob("cancel", job).stdout
         assert re.fullmatch(r"calibrate: process \d+ is asked to stop\nthe same command goes on .*\n", said), said
         gang.end(75, 30)
-        followed, _ = follower.communicate(timeout=30)
+        followed, _ = follower.communicate(timeout=120)
     assert "rank1.log" in followed and follower.returncode == 0
     assert "nothing is waiting or running" in dsqjob("cancel", job).stdout
     Gang(warm, job, attempt="2").end(0)

@@ -24,8 +24,8 @@ from dsqjob.engine.workspace import Workspace
 from dsqjob.errors import PeerError
 from dsqjob.launchers.slurm.handle import Handle
 from dsqjob.launchers.slurm.watch import Observed
-from tests.faults.processes import wait_until
 from tests.harness import command, dsqjob, write_job
+from tests.waiting import wait_until
 
 SLOW = """
 import os, sys, time
@@ -65,12 +65,12 @@ def test_cancel_finds_a_run_whose_workers_hold_nothing_yet(
     """As in the ten seconds in which a gang imports torch."""
     job = write_job(tmp_path, miniature)
     with running(job, "--stage", "export", slow=slow) as run:
-        wait_until(lambda: list((tmp_path / "work" / "logs").glob("export-*.log")), 30)
+        wait_until(lambda: list((tmp_path / "work" / "logs").glob("export-*.log")))
         assert not list((tmp_path / "work" / "state" / "export" / "claims").iterdir())
         assert "no stage has begun" in dsqjob("status", job).stdout
         said = dsqjob("cancel", job).stdout
         assert said == f"run: process {run.pid} is asked to stop\nthe same command goes on from where it stopped\n"
-        _, words = run.communicate(timeout=30)
+        _, words = run.communicate(timeout=120)
     assert run.returncode == 75 and "stopped by SIGTERM" in words
     assert not launches(tmp_path / "work")
     assert dsqjob("cancel", job).stdout == "nothing is waiting or running\n"
@@ -81,7 +81,7 @@ def test_cancel_finds_a_run_whose_workers_hold_nothing_yet(
 def test_what_a_killed_run_left_is_swept(tmp_path: Path, miniature: Path, slow: dict[str, str]) -> None:
     job = write_job(tmp_path, miniature)
     with running(job, "--stage", "export", slow=slow):
-        wait_until(lambda: launches(tmp_path / "work"), 30)
+        wait_until(lambda: launches(tmp_path / "work"))
     (left,) = launches(tmp_path / "work")
     assert dsqjob("cancel", job).stdout == "nothing is waiting or running\n"
     partial = left.with_name("run-1-x.0.partial-dead")

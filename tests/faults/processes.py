@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -35,11 +33,3 @@ def kill_all(job: Path) -> int:
             except ProcessLookupError:
                 pass
     return killed
-
-
-def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for a condition of another process; AssertionError after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.processes import wait_until
+from tests.waiting import wait_until
 from tests.warm import Started, Warm
 
 _NUMBERS = itertools.count()
@@ -58,7 +58,7 @@ class Gang:
     def ready(self, name: str = "ready") -> Gang:
         """Until all ranks have left that trace."""
         total = self.nodes * self.ranks
-        wait_until(lambda: all((self.folder / f"{name}-{rank}").exists() for rank in range(total)), 30)
+        wait_until(lambda: all((self.folder / f"{name}-{rank}").exists() for rank in range(total)))
         return self
 
     def pid(self, rank: int) -> int:
@@ -90,7 +90,7 @@ class Gang:
         return [said[index].partition("\n")[0] for index in found]
 
     def nothing_left(self, nodes: Sequence[int]) -> None:
-        wait_until(lambda: not any(self.supervisors[index].processes() for index in nodes), 2)
+        wait_until(lambda: not any(self.supervisors[index].processes() for index in nodes), 5)
 
     def signal(self, index: int, number: signal.Signals) -> None:
         self.supervisors[index].signal(number)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.processes import wait_until
 from tests.gang.gangs import Gang
+from tests.waiting import wait_until
 
 Make = Callable[..., Gang]
 SOON = 15.0
@@ -60,8 +60,8 @@ def test_rank_without_a_first_word(gang: Make) -> None:
     (line,) = made.ends(69, within=SOON)
     assert line.startswith("[rank-silent] rank 1 on "), line
     made = gang("load", 1, 2, wordless=1).start()
-    wait_until(lambda: len(made.supervisors[0].children()) == 2, 10)
-    wait_until((made.folder / "pid-0").exists, 10)
+    wait_until(lambda: len(made.supervisors[0].children()) == 2)
+    wait_until((made.folder / "pid-0").exists)
     (wordless,) = set(made.supervisors[0].children()) - {made.pid(0)}
     os.kill(wordless, signal.SIGKILL)
     (line,) = made.ends(69, within=SOON)
@@ -106,7 +106,7 @@ def test_supervisor_killed(gang: Make) -> None:
     ranks = made.supervisors[0].children()
     assert len(ranks) == 2
     made.signal(0, signal.SIGKILL)
-    wait_until(lambda: not made.supervisors[0].processes(), 1)
+    wait_until(lambda: not made.supervisors[0].processes(), 5)
     (line,) = made.ends(69, within=SOON, nodes=[1])
     assert line.startswith("[node-silent] node 0 (host0) gives no sign of life for"), line
     assert made.supervisors[0].wait() == -signal.SIGKILL

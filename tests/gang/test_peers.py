@@ -11,7 +11,7 @@ import pytest
 from dsqjob.gang.ending import Ending, Report
 from dsqjob.gang.node import Limits, Node
 from dsqjob.gang.peers import Peers
-from tests.faults.processes import wait_until
+from tests.waiting import wait_until
 
 LIMITS = Limits(rendezvous=10, silence=5)
 GOOD = {"token": "t", "host": "h", "seen": {}, "asked": "", "report": None}
@@ -35,13 +35,13 @@ def test_a_file_that_is_no_word_of_ours_says_nothing_and_stops_nobody(tmp_path: 
     here.open()
     try:
         (tmp_path / "node1.json").write_text(json.dumps(word))
-        wait_until(lambda: here.told, 10)
+        wait_until(lambda: here.told)
         time.sleep(1)  # two looks
         assert here.missing == [1] and not here.reports
         there.open()
-        wait_until(lambda: here.hosts == {1: "host1"} and there.hosts == {0: "host0"}, 10)
+        wait_until(lambda: here.hosts == {1: "host1"} and there.hosts == {0: "host0"})
         there.publish(Report("SIGTERM", (Ending(75, rank=1),), well=False))
-        wait_until(lambda: here.reports, 10)
+        wait_until(lambda: here.reports)
         assert here.reports[1].endings[0].code == 75 and here.reports[1].asked == "SIGTERM"
     finally:
         here.close()

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.processes import wait_until
 from tests.gang.gangs import Gang
+from tests.waiting import wait_until
 
 Make = Callable[..., Gang]
 SOON = 10.0
@@ -57,7 +57,7 @@ def test_two_signals(gang: Make) -> None:
 
 def test_signal_while_a_node_is_awaited(gang: Make) -> None:
     made = gang("sum", 2, 1).start([0])
-    wait_until((made.folder / "shared").exists, 10)
+    wait_until((made.folder / "shared").exists)
     time.sleep(0.5)
     made.signal(0, signal.SIGTERM)
     made.ends(75, within=5)
@@ -85,6 +85,6 @@ def test_signal_and_the_other_supervisor_is_gone(gang: Make) -> None:
 def test_supervisor_that_hangs(gang: Make) -> None:
     """A supervisor whose main thread hangs leaves, with its ranks, some seconds after their grace."""
     made = gang("load", 1, 2, limits={"grace": 0.5}, hang_main=0).start().ready()
-    wait_until((made.folder / "hung").exists, 10)
+    wait_until((made.folder / "hung").exists)
     made.signal(0, signal.SIGTERM)
     made.ends(75, within=6)

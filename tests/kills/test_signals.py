@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from dsqjob.miniature import write
-from tests.faults.processes import kill_all, of_job, wait_until
+from tests.faults.processes import kill_all, of_job
 from tests.harness import command, digests, dsqjob, error_id, worker, write_job
+from tests.waiting import wait_until
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
 

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Self
 
 from tests.slurm.configuration import Layout, gres_conf, slurm_conf, slurmdbd_conf
-from tests.slurm.machines import Machine, clean_environment, free_ports, until
+from tests.slurm.machines import Machine, clean_environment, free_ports
+from tests.waiting import wait_until
 
 FINISHED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
@@ -122,8 +123,12 @@ class Cluster:
         """What ``scontrol show node`` says of a node."""
         return _fields(self.run("scontrol", "show", "node", "-o", name))
 
-    def wait(self, job: str, states: Collection[str] = FINISHED, seconds: float = 60) -> dict[str, str]:
-        """Wait until a job is in one of ``states``; what Slurm says of it then."""
+    def wait(self, job: str, states: Collection[str] = FINISHED) -> dict[str, str]:
+        """Wait until a job is in one of ``states``; what Slurm says of it then.
+
+        The wait of a requeued job is not lifted: for that long a node still refuses its old credential, and a launch
+        that comes sooner may be lost.
+        """
         seen: dict[str, str] = {}
 
         def reached() -> bool:
@@ -131,13 +136,10 @@ class Cluster:
             time.sleep(0.1)
             return seen["JobState"] in states
 
-        try:
-            until(reached, seconds, f"job {job} is not {'/'.join(sorted(states))}")
-        except TimeoutError as late:
-            raise TimeoutError(f"{late}, but {seen.get('JobState')} ({seen.get('Reason')})") from None
+        wait_until(reached, what=lambda: f"job {job} is not {'/'.join(sorted(states))}, but {seen}")
         return seen
 
-    def wait_node(self, name: str, states: Collection[str], seconds: float = 30) -> None:
+    def wait_node(self, name: str, states: Collection[str]) -> None:
         """Wait until a node is in one of ``states``, such as IDLE or DOWN."""
 
         def reached() -> bool:
@@ -145,11 +147,7 @@ class Cluster:
                 machine.check()
             return self.node(name)["State"].split("+")[0].rstrip("*") in states
 
-        until(reached, seconds, f"node {name} is not {'/'.join(sorted(states))}")
-
-    def start_now(self, job: str) -> None:
-        """Lift the wait of a requeued job."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait_until(reached, what=f"node {name} is not {'/'.join(sorted(states))}")
 
     def kill_node(self, name: str) -> None:
         """Cut a node's power: slurmd and all that ran there are gone at once. Slurm notices within 10 s or so."""
@@ -233,7 +231,7 @@ class Cluster:
             self._machines["head"].check()
             return condition()
 
-        until(ready, 60, what)
+        wait_until(ready, what=what)
 
 
 def _fields(line: str) -> dict[str, str]:

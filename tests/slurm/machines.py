@@ -6,8 +6,7 @@ import os
 import random
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # The first process of a machine: sets up names, says so, and reaps orphans (a child of one that ignores CHLD
@@ -38,15 +37,6 @@ def free_ports(count: int) -> list[int]:
         if port not in found:
             found.append(port)
     return found
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until ``condition`` holds; a TimeoutError names ``what``."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"after {seconds:g} s: {what}")
-        time.sleep(0.05)
 
 
 class Machine:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.harness import dsqjob, write_job
 from tests.slurm.cluster import Cluster
-
-_PATIENCE = 2.5
-"""How much longer a crowded machine may take; what must be gone within a time is held by tests/gang."""
 
 
 class Login:
@@ -42,13 +38,12 @@ class Login:
         lines = self.cluster.run("scontrol", "show", "job", "-o", job).splitlines()
         return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if line]
 
-    def wait(self, job: str, seconds: float = 60, states: tuple[str, ...] = ()) -> list[str]:
+    def wait(self, job: str, seconds: float = 450, states: tuple[str, ...] = ()) -> list[str]:
         """Wait until all tasks of a job are over (or in ``states``); their states.
 
-        The wait of a requeued job (10 s here) is not lifted: for that long a node still refuses its old credential, and
-        a launch that comes sooner may be lost.
+        The wait of a requeued job is not lifted (see Cluster.wait).
         """
-        deadline = time.monotonic() + _PATIENCE * seconds
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             tasks = self.tasks(job)
             found = [task["JobState"] for task in tasks]
@@ -77,11 +72,3 @@ def processes(mark: str, host: str = "") -> list[int]:
         if ours and (not host or (node is not None and node[1] == host)):
             found.append(int(folder.name))
     return found
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until ``condition`` holds."""
-    deadline = time.monotonic() + _PATIENCE * seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)

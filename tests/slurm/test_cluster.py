@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.machines import clean_environment, until
+from tests.slurm.machines import clean_environment
+from tests.waiting import wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("slurmctld")]
 
-TRAP = "trap 'echo got {name}; exit {code}' {name}; echo up $SLURM_RESTART_COUNT; sleep 600 & wait"
+SLEEP = f"sleep 600.{os.getpid()}"
+TRAP = "trap 'echo got {name}; exit {code}' {name}; echo up $SLURM_RESTART_COUNT; " + SLEEP + " & wait"
 
 
 def processes_about(text: str) -> list[str]:
@@ -32,8 +34,8 @@ def processes_about(text: str) -> list[str]:
     return found
 
 
-def wait_for_text(file: Path, text: str, seconds: float = 30) -> None:
-    until(lambda: file.exists() and text in file.read_text(), seconds, f"{file.name} does not say {text!r}")
+def wait_for_text(file: Path, text: str) -> None:
+    wait_until(lambda: file.exists() and text in file.read_text(), what=f"{file.name} does not say {text!r}")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,6 @@ def test_a_requeued_job_waits_and_starts_again(cluster: Cluster, tmp_path: Path)
     cluster.run("scontrol", "requeue", job)
     waiting = cluster.wait(job, {"PENDING"})
     assert (waiting["Reason"], waiting["Restarts"]) == ("BeginTime", "1")
-    cluster.start_now(job)
     wait_for_text(tmp_path / f"{job}.out", "up 1")
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
@@ -80,7 +81,6 @@ def test_a_higher_partition_preempts_and_the_job_comes_back(cluster: Cluster, tm
     high = cluster.submit("sleep 1", "--partition=high", "--nodelist=n2", "--gres=gpu:8", folder=tmp_path)
     assert cluster.wait(high)["JobState"] == "COMPLETED"
     cluster.wait(low, {"PENDING", "RUNNING"})
-    cluster.start_now(low)
     wait_for_text(tmp_path / f"{low}.out", "up 1")
     cluster.run("scancel", low)
 
@@ -91,13 +91,12 @@ def test_a_lost_node_requeues_its_job(cluster: Cluster, tmp_path: Path) -> None:
     lost = cluster.submit(script, "--nodelist=n2", "--no-requeue", folder=tmp_path)
     for job in (kept, lost):
         wait_for_text(tmp_path / f"{job}.out", "up")
-    sleepers = len(processes_about("sleep 600"))
+    sleepers = len(processes_about(SLEEP))
     cluster.kill_node("n2")
-    assert len(processes_about("sleep 600")) == sleepers - 2
+    assert len(processes_about(SLEEP)) == sleepers - 2
     assert cluster.wait(lost)["JobState"] == "NODE_FAIL"
     assert cluster.wait(kept, {"PENDING"})["Restarts"] == "1"
     cluster.start_node("n2")
-    cluster.start_now(kept)
     wait_for_text(tmp_path / f"{kept}.out", "up 1")
     cluster.run("scancel", kept)
 
@@ -125,7 +124,7 @@ def test_accounting_answers(tmp_path: Path) -> None:
         job = cluster.submit("exit 3", "--account=project", folder=tmp_path)
         cluster.wait(job)
         command = ("sacct", "-nPX", "-j", job, "-o", "State,ExitCode,Account")
-        until(lambda: cluster.run(*command).strip() == "FAILED|3:0|project", 20, "sacct does not know the end")
+        wait_until(lambda: cluster.run(*command).strip() == "FAILED|3:0|project", what="sacct does not know the end")
         assert "Invalid account" in cluster.run("sbatch", "--account=nobody", "--wrap=true", code=1)
     assert {path.name for path in Path("/run").iterdir()} == before
     assert (processes_about(str(cluster.root)), cluster.root.exists()) == ([], False)
@@ -141,12 +140,12 @@ with Cluster(nodes=1, gpus=1) as cluster:
     job = cluster.submit("sleep {mark} & srun sleep {mark}", folder=Path({str(tmp_path)!r}))
     cluster.wait(job, {{"RUNNING"}})
     print(cluster.root, flush=True)
-    cluster.wait(job, seconds=600)
+    cluster.wait(job)
 """
     environment = clean_environment(PYTHONPATH=str(CHECKOUT))
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as owner:
         assert owner.stdout is not None
         root = Path(owner.stdout.readline().decode().strip())
-        until(lambda: len(processes_about(f"sleep {mark}")) >= 2, 20, "the job does not sleep")
+        wait_until(lambda: len(processes_about(f"sleep {mark}")) >= 2, what="the job does not sleep")
         owner.send_signal(number)
-    until(lambda: not processes_about(mark) and not processes_about(str(root)) and not root.exists(), 10, "left")
+    wait_until(lambda: not processes_about(mark) and not processes_about(str(root)) and not root.exists(), what="left")

@@ -129,7 +129,7 @@ def test_pyxis_gets_only_options_that_it_has(login: Login, small: Path, tmp_path
         slurm__srun=["--no-container-mount-home"],
     )  # fmt: skip
     sent = login.run(job, "--through", "finalize")
-    assert login.wait(sent["finalize"][0], 90) == ["COMPLETED"], login.said(sent["export"][0])
+    assert login.wait(sent["finalize"][0]) == ["COMPLETED"], login.said(sent["export"][0])
     taken = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert len(taken) == 3 and taken[0] == [
         "--container-image=/images/d.sqsh", f"--container-mounts={tmp_path}:{tmp_path}", "--container-workdir=/",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.harness import command, digests, error_id, events
-from tests.slurm.running import Login, until
+from tests.slurm.running import Login
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("slurmctld")]
 HOLD: dict[str, Any] = {"slurm__workers": {"sbatch": ["--hold"]}}
@@ -110,7 +111,7 @@ def test_a_notice_during_setup_ends_nothing(login: Login, small: Path, tmp_path:
     """And a line of setup that fails does."""
     job = login.job(tmp_path / "a", small, launcher__workers=1, slurm__setup=[f"touch {tmp_path}/begun", "sleep 4"])
     (export,) = login.run(job, "--stage", "export")["export"]
-    until((tmp_path / "begun").exists, 60, "setup does not begin")
+    wait_until((tmp_path / "begun").exists, what="setup does not begin")
     login.cluster.run("scancel", "--batch", "--signal=USR2", export)
     assert login.wait(export) == ["COMPLETED"], login.said(export)
     job = login.job(tmp_path / "b", small, launcher__workers=1, slurm__setup=["modul load cuda"])
@@ -122,7 +123,7 @@ def test_a_killed_batch_process_is_told_in_words(login: Login, small: Path, tmp_
     job = login.job(tmp_path, small, launcher__workers=1, slurm__setup=["echo $$$$ > $$SLURM_JOB_ID.pid", "sleep 60"])
     (export,) = login.run(job, "--stage", "export")["export"]
     file = tmp_path / "work" / f"{export}.pid"
-    until(lambda: file.exists() and bool(file.read_text().strip()), 60, "setup does not begin")
+    wait_until(lambda: file.exists() and bool(file.read_text().strip()), what="setup does not begin")
     login.cluster.on_node(login.tasks(export)[0]["NodeList"], "kill", "-KILL", file.read_text().strip())
     assert login.wait(export) == ["FAILED"]
     assert "killed by signal 9" in login.dsqjob("status", job).stdout

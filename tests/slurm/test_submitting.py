@@ -14,7 +14,8 @@ import pytest
 
 from tests.harness import digests, dsqjob, error_id, write_job
 from tests.slurm.cluster import Cluster
-from tests.slurm.running import Login, processes, until
+from tests.slurm.running import Login, processes
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("slurmctld")]
 
@@ -117,12 +118,12 @@ def test_a_killed_task_of_an_array_comes_back(login: Login, miniature: Path, tmp
     job = login.job(tmp_path / "a", miniature, launcher__workers=3, slurm__environment={"DSQJOB_TEST": "1"})
     sent = login.run(job, "--through", "verify")
     (export,) = sent["export"]
-    until(lambda: bool(processes(f"{export}_1-0-0")), 60, "the worker does not appear")
+    wait_until(lambda: bool(processes(f"{export}_1-0-0")), what="the worker does not appear")
     os.kill(processes(f"{export}_1-0-0")[0], signal.SIGKILL)
-    assert login.wait(export, 120) == ["COMPLETED"] * 3
+    assert login.wait(export) == ["COMPLETED"] * 3
     assert sorted(task["Restarts"] for task in login.tasks(export)) == ["0", "0", "1"]
     assert "69" in login.said(export) and "back into the queue" in login.said(export)
-    assert login.wait(sent["verify"][0], 120) == ["COMPLETED"] * 3
+    assert login.wait(sent["verify"][0]) == ["COMPLETED"] * 3
     assert not list((tmp_path / "a" / "work" / "state" / "export" / "faults").glob("*"))
 
 
@@ -139,7 +140,7 @@ def test_faults_are_counted_and_the_node_is_left_out(login: Login, small: Path, 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "apptainer").symlink_to(bad)  # stands for a node whose programs die
     (export,) = login.run(job, "--stage", "export")["export"]
-    until(lambda: login.tasks(export)[0]["ExcNodeList"] == "n1", 90, "the node is not left out")
+    wait_until(lambda: login.tasks(export)[0]["ExcNodeList"] == "n1", what="the node is not left out")
     assert login.tasks(export)[0]["Restarts"] == "2"
     assert "nodes with two faults are left out: n1" in login.said(export)
     login.dsqjob("cancel", job)

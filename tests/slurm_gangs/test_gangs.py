@@ -14,7 +14,8 @@ import pytest
 
 from tests.harness import command, digests, dsqjob, events, write_job
 from tests.slurm.gangs import amax, batches, settings
-from tests.slurm.running import Login, processes, until
+from tests.slurm.running import Login, processes
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("slurmctld")]
 SAMPLES = 60
@@ -38,7 +39,7 @@ def begun(login: Login, small: Path, tmp_path: Path) -> Callable[..., tuple[Path
         job = login.job(tmp_path / name, small, **{**given, **more})
         ids = login.run(job, "--through", "calibrate")["calibrate"]
         work = tmp_path / name / "work"
-        until(lambda: batches(work) > 5, 120, "no batch is done")
+        wait_until(lambda: batches(work) > 5, what="no batch is done")
         return job, work, ids
 
     return begin
@@ -50,7 +51,7 @@ def test_the_pipeline_on_two_nodes_equals_the_local_run(login: Login, small: Pat
     job = login.job(tmp_path / "slurm", small, **given)
     sent = login.run(job, "--through", "verify")
     assert list(sent) == ["tokens", "calibrate", "export", "finalize", "verify"]
-    assert set(login.wait(sent["verify"][0], 180)) == {"COMPLETED"}, login.said(sent["calibrate"][0])
+    assert set(login.wait(sent["verify"][0])) == {"COMPLETED"}, login.said(sent["calibrate"][0])
     assert login.tasks(sent["calibrate"][0])[0]["NodeList"] == "n[1-2]"
     hosts = {event["host"] for event in events(tmp_path / "slurm" / "work") if event["event"] == "gang"}
     assert hosts == {"n1", "n2"}
@@ -68,7 +69,7 @@ def test_preemption_in_a_short_job(
     job, work, (calibrate,) = begun(slurm__gang={"partition": "low", "time": "9"})
     high = login.cluster.submit("sleep 1", "--partition=high", "--nodes=2", "--exclusive", folder=tmp_path)
     assert login.wait(high) == ["COMPLETED"]
-    assert login.wait(calibrate, 180) == ["COMPLETED"]
+    assert login.wait(calibrate) == ["COMPLETED"]
     status = login.dsqjob("status", job).stdout
     assert "restarted 1 times" in status and amax(work) == quiet
     ends = [event for event in events(work) if event["event"] == "batch-end" and event["of"] == "calibrate"]
@@ -83,12 +84,12 @@ def test_a_dead_rank_and_a_dead_supervisor_are_faults(
     faults = work / "state" / "calibrate" / "faults"
     for attempt, host, which in ((f"{calibrate}-0-0", "n2", max), (f"{calibrate}-1-0", "n1", min)):
         done = batches(work)
-        until(lambda done=done: batches(work) > done + 3, 120, "no batch is done")
+        wait_until(lambda done=done: batches(work) > done + 3, what="no batch is done")
         os.kill(which(processes(attempt, host=host)), signal.SIGKILL)
-        until((faults / f"{attempt}.json").exists, 90, "no fault")
+        wait_until((faults / f"{attempt}.json").exists, what="no fault")
         assert json.loads((faults / f"{attempt}.json").read_text()) == {"nodes": [host]}, login.said(calibrate)
-        until(lambda attempt=attempt: not processes(attempt), 30, "the old gang is still there")
-    assert login.wait(calibrate, 180) == ["COMPLETED"]
+        wait_until(lambda attempt=attempt: not processes(attempt), what="the old gang is still there")
+    assert login.wait(calibrate) == ["COMPLETED"]
     assert amax(work) == quiet and not list(faults.iterdir())
 
 
@@ -100,11 +101,11 @@ def test_a_killed_slurmd_requeues_the_gang(
     login.cluster.kill_slurmd("n2")
     try:
         os.kill(max(processes(f"{calibrate}-0-0", host="n1")), signal.SIGSTOP)  # the gang must not end before
-        until(lambda: login.tasks(calibrate)[0]["Restarts"] == "1", 60, "Slurm does not notice")
-        until(lambda: not processes(f"{calibrate}-0-0"), 60, "the old gang is still there")
+        wait_until(lambda: login.tasks(calibrate)[0]["Restarts"] == "1", what="Slurm does not notice")
+        wait_until(lambda: not processes(f"{calibrate}-0-0"), what="the old gang is still there")
     finally:
         login.cluster.start_node("n2")
-    assert login.wait(calibrate, 180) == ["COMPLETED"]
+    assert login.wait(calibrate) == ["COMPLETED"]
     assert amax(work) == quiet
 
 
@@ -119,9 +120,9 @@ def test_spare_jobs_where_requeue_is_forbidden(
     login.cluster.run("scancel", "--batch", "--signal=USR2", ids[0])
     assert login.wait(ids[0]) == ["FAILED"]
     assert "USR2: the time limit is near" in login.said(ids[0]) and "the next spare job goes on" in login.said(ids[0])
-    assert [login.wait(number, 180)[0] for number in ids[1:]] == ["COMPLETED", "CANCELLED", "COMPLETED"]
+    assert [login.wait(number)[0] for number in ids[1:]] == ["COMPLETED", "CANCELLED", "COMPLETED"]
     assert amax(work) == quiet
-    assert set(login.wait(export, 60)) == {"COMPLETED"}
+    assert set(login.wait(export)) == {"COMPLETED"}
     login.dsqjob("cancel", job)
 
 
@@ -134,11 +135,11 @@ def test_a_cancelled_gang_leaves_nothing_and_is_resumed(
     )
     assert f"job {calibrate} is cancelled" in login.dsqjob("cancel", job).stdout
     assert login.wait(calibrate) == ["CANCELLED"]
-    until(lambda: not processes(f"{calibrate}-0-0"), 30, "the gang is still there")
+    wait_until(lambda: not processes(f"{calibrate}-0-0"), what="the gang is still there")
     assert "the job was cancelled" in follower.communicate(timeout=60)[0]
     done = batches(work)
     (again,) = login.run(job, "--through", "calibrate")["calibrate"]
-    assert login.wait(again, 180) == ["COMPLETED"]
+    assert login.wait(again) == ["COMPLETED"]
     assert amax(work) == quiet and batches(work) - done < 2 * SAMPLES
 
 
@@ -147,7 +148,7 @@ def test_two_pipelines_share_the_nodes(
 ) -> None:
     _, first, (one,) = begun("a")
     _, second, (two,) = begun("b")
-    assert login.wait(one, 240) == login.wait(two, 240) == ["COMPLETED"]
+    assert login.wait(one) == login.wait(two) == ["COMPLETED"]
     assert amax(first) == amax(second) == quiet
 
 

@@ -41,9 +41,9 @@ def test_the_page_from_clone_to_a_job_on_two_nodes(login: Login, small: Path, tm
         elif " render " in command:
             line += "".join(f" --set '{one}'" for one in added)
         elif " logs " in command:
-            assert login.wait(jobs["calibrate"], 120) == ["COMPLETED"], login.said(jobs["calibrate"])
+            assert login.wait(jobs["calibrate"]) == ["COMPLETED"], login.said(jobs["calibrate"])
         elif " cancel " in command:
-            assert set(login.wait(jobs["verify"], 120)) == {"COMPLETED"}
+            assert set(login.wait(jobs["verify"])) == {"COMPLETED"}
         done = subprocess.run(line, shell=True, cwd=CHECKOUT, env=shell, capture_output=True, text=True, timeout=120,
                               check=False)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -9,7 +9,8 @@ import pytest
 
 from tests.harness import command, digests, dsqjob, events, write_job
 from tests.slurm.gangs import amax, batches, settings
-from tests.slurm.running import Login, processes, until
+from tests.slurm.running import Login, processes
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("slurmctld")]
 
@@ -39,11 +40,11 @@ def test_a_node_loses_power_in_mid_calibration(login: Login, small: Path, tmp_pa
     job = login.job(tmp_path / "slurm", small, **given)
     work = tmp_path / "slurm" / "work"
     (calibrate,) = login.run(job, "--through", "calibrate")["calibrate"]
-    until(lambda: batches(work) > 5, 120, "no batch is done")
+    wait_until(lambda: batches(work) > 5, what="no batch is done")
     login.cluster.kill_node("n2")
     try:
-        until(lambda: login.tasks(calibrate)[0]["Restarts"] == "1", 90, "Slurm does not notice")
-        until(lambda: not processes(f"{calibrate}-0-0"), 60, "the old gang is still there")
+        wait_until(lambda: login.tasks(calibrate)[0]["Restarts"] == "1", what="Slurm does not notice")
+        wait_until(lambda: not processes(f"{calibrate}-0-0"), what="the old gang is still there")
     finally:
         login.cluster.start_node("n2")
     assert login.wait(calibrate, 400) == ["COMPLETED"], login.said(calibrate)
