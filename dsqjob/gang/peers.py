@@ -4,6 +4,7 @@ One file a node, written in place and at its full length from the beginning, so 
 too. It is touched every few seconds. A thread does this, since a file server may make it wait. Silence is judged by
 watching a file change, so no two clocks are compared; time in which this node could not look itself does not count.
 What lay there when this node began, and never changes, is of an earlier start under the same attempt and says nothing.
+A node's own file that changes is another process's, started under the same number: who finds it so leaves it alone.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dsqjob.engine.workspace import unique_token
+from dsqjob.errors import UsageError
 from dsqjob.gang.ending import Ending, Report
 from dsqjob.gang.node import Limits, Node
 
@@ -48,6 +51,7 @@ class Peers:
         self._seen: dict[int, _Seen] = {}
         self._gang: dict[int, str] = {}
         self._replaced: set[int] = set()
+        self._twice = ""
         self._wake, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._live, name="peers", daemon=True)
         self.reports: dict[int, Report] = {}
@@ -55,10 +59,15 @@ class Peers:
         self.asked = ""
         """A signal that another supervisor was sent, and where."""
 
-    def open(self) -> None:
-        """Arrive. OSError where the folder cannot be written."""
+    def open(self, given_up: Callable[[], object]) -> None:
+        """Arrive, unless ``given_up``. OSError where the folder cannot be written; UsageError ``node-twice``."""
         if self._others:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._wait_for_dead(given_up)
+            if (twice := self.twice) is not None:
+                raise twice
+            if given_up():
+                return
             self._look(first=True)
             self._tell()
             self._thread.start()
@@ -103,8 +112,25 @@ class Peers:
 
     @property
     def told(self) -> bool:
-        """Whether the others can read this node's last word."""
-        return not self._others or self._told[0] is self._said
+        """Whether the others can read this node's last word, or will never hear of it."""
+        return self._thread.ident is None or bool(self._twice) or self._told[0] is self._said
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the others may know of this node."""
+        return self._thread.ident is not None
+
+    @property
+    def twice(self) -> UsageError | None:
+        """Why this process is not this node: another one is."""
+        if not self._twice:
+            return None
+        return UsageError(
+            "node-twice",
+            f"node {self._node.index} of attempt {self._node.attempt} is at work already, on {self._twice}",
+            where="--node, --attempt",
+            way_out="give each node its own number; or stop that one, and start all nodes with a new attempt",
+        )
 
     @property
     def cut_off(self) -> float:
@@ -132,7 +158,30 @@ class Peers:
             self._wake.wait(self._poll)
             self._wake.clear()
 
+    def _wait_for_dead(self, given_up: Callable[[], object]) -> None:
+        """Until a file of this node has lain still for so long that nobody touches it."""
+        found = self._own()
+        deadline = time.monotonic() + 2.5 * self._touch
+        while found is not None and found[1]["report"] is None and time.monotonic() < deadline and not given_up():
+            time.sleep(self._poll / 4)
+            now = self._own()
+            if now is not None and now[0] != found[0]:
+                self._twice = now[1]["host"]
+                return
+
+    def _own(self) -> tuple[tuple[int, int], dict[str, Any]] | None:
+        """This node's file, whoever wrote it: its stamp and its word."""
+        with suppress(FileNotFoundError):
+            stamp, word = _read(self._path(self._node.index))
+            if word is not None:
+                return stamp, word
+        return None
+
     def _tell(self) -> None:
+        if self._told[1] and (own := self._own()) is not None and own[1]["token"] != self._token:
+            self._twice = own[1]["host"]
+        if self._twice:
+            return
         said = self._said
         seen = self._gang or self._tokens()
         text = json.dumps({"token": self._token, "host": self._host, "seen": seen, **said})
@@ -161,17 +210,13 @@ class Peers:
                 seen.changed = now
         for index in self._others:
             if f"node{index}.json" in names:
-                self._read(index, now, first)
+                self._take(index, now, first)
         self._looked = now
 
-    def _read(self, index: int, now: float, first: bool) -> None:
-        with self._path(index).open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            word = _word(stream.read())
-        if word is None:
-            return
-        stamp, old = (status.st_ino, status.st_mtime_ns), self._seen.get(index)
-        if old is not None and old.stamp == stamp:
+    def _take(self, index: int, now: float, first: bool) -> None:
+        stamp, word = _read(self._path(index))
+        old = self._seen.get(index)
+        if word is None or (old is not None and old.stamp == stamp):
             return
         if index in self._gang and word["token"] != self._gang[index]:
             self._replaced.add(index)
@@ -182,6 +227,13 @@ class Peers:
             self.asked = self.asked or word["asked"]
             if word["report"] is not None:
                 self.reports[index] = word["report"]
+
+
+def _read(path: Path) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """A node's file: what changes when it is touched, and its word."""
+    with path.open("rb") as stream:
+        status = os.fstat(stream.fileno())
+        return (status.st_ino, status.st_mtime_ns), _word(stream.read())
 
 
 def _word(data: bytes) -> dict[str, Any] | None:

@@ -59,9 +59,9 @@ def supervise(
 
     Raises the error that the gang ended with, of the same exit code on every node: what ``prepare`` or a rank raised;
     PeerError ``rank-died``, ``rank-silent``, ``phase-timeout``, ``node-missing``, ``node-silent``, ``node-cut-off``,
-    ``rendezvous-host``, ``rendezvous-failed``, ``collective-failed``; Interrupted when ``stop`` was asked here or
-    elsewhere. No rank is left when this returns. Where the process hangs, ``stop`` ends it some seconds after its
-    ranks' grace.
+    ``rendezvous-host``, ``rendezvous-failed``, ``collective-failed``; UsageError ``node-twice``; Interrupted when
+    ``stop`` was asked here or elsewhere. No rank is left when this returns. Where the process hangs, ``stop`` ends it
+    some seconds after its ranks' grace.
     """
     stop.grace = limits.grace + _HARD
     _Supervisor(node, limits, places, log, stop, stage).run(prepare)
@@ -95,7 +95,7 @@ class _Supervisor:
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         self._log.write("gang", stage=self._stage, attempt=self._node.attempt, node=self._node.index)
         try:
-            self._guarded(self._peers.open)
+            self._guarded(lambda: self._peers.open(self._stopping))
             self._guarded(self._node.look_up)
             if not self._own and not self._stopping():
                 self._guarded(lambda: made.append(prepare()))
@@ -136,7 +136,7 @@ class _Supervisor:
     def _gathered(self) -> bool:
         """Whether every node arrived."""
         while missing := self._peers.missing:
-            if self._stopping() or self._others_ended():
+            if self._stopping() or self._others_ended() or self._is_twice():
                 return False
             if time.monotonic() - self._begun > self._limits.rendezvous:
                 self._missing(missing)
@@ -185,7 +185,15 @@ class _Supervisor:
 
     def _failing(self) -> bool:
         """Whether the gang cannot end well any more."""
-        return bool(self._own or self._ranks.bad or self._others_ended() or self._cut_off() or self._agent_failed())
+        return bool(
+            self._is_twice() or self._own or self._ranks.bad or self._others_ended() or self._cut_off()
+            or self._agent_failed()
+        )  # fmt: skip
+
+    def _is_twice(self) -> bool:
+        if (error := self._peers.twice) is not None and not self._own:
+            self._own.append(Ending.of(error, host=self._host))
+        return error is not None
 
     def _others_ended(self) -> bool:
         return any(not report.well for report in self._peers.reports.values()) or bool(self._peers.lost)
@@ -243,7 +251,9 @@ class _Supervisor:
         mine = self._report()
         self._peers.publish(mine)
         deadline = math.inf
-        while time.monotonic() < min(deadline, self._asked_at + self._limits.grace + _LEAVE + _WORD):
+        while self._peers.arrived and time.monotonic() < min(
+            deadline, self._asked_at + self._limits.grace + _LEAVE + _WORD
+        ):
             lingering = (
                 self._own
                 and self._peers.missing

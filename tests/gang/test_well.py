@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_a_killed_supervisor_and_a_quick_second_start(gang: Make) -> None:
     first.ends(69, within=20, nodes=[1])
     second.start_node(1)
     second.ends(0, within=25)
+
+
+def test_a_node_that_is_started_twice(gang: Make) -> None:
+    """The second process is refused; the gang does not notice it."""
+    first = gang("load", 2, 1, "same", job="twice").start().ready()
+    second = gang("sum", 2, 1, "same", job="twice")
+    second.start_node(1)
+    (line,) = second.ends(64, within=15)
+    assert line.startswith("[node-twice] node 1 of attempt 0 is at work already, on "), line
+    time.sleep(1.5)
+    assert all(one.processes() for one in first.supervisors.values())
+    first.signal(0, signal.SIGTERM)
+    first.ends(75, within=10)
 
 
 def test_nothing_is_left_in_the_temporary_folder(gang: Make, temporary: Path) -> None:
