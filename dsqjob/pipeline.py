@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from dsqjob.engine.claims import whoami
+from dsqjob.engine.claims import Claims, whoami
 from dsqjob.engine.events import EventLog
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.stage import GangStage, Record, Stage, StageState
@@ -104,6 +105,7 @@ def restart(inputs: Inputs, names: Sequence[str]) -> list[Path]:
         except DsqjobError as error:
             if name == names[0] or error.id not in _REMADE:
                 raise
+    _refuse_launched(inputs)
     removed = []
     for name in reversed(STAGES):
         if name in wanted:
@@ -111,6 +113,19 @@ def restart(inputs: Inputs, names: Sequence[str]) -> list[Path]:
             removed += state.restart()
             EventLog(inputs.workspace.events, worker="restart", host=whoami()["host"]).write("restart", stage=name)
     return removed
+
+
+def _refuse_launched(inputs: Inputs) -> None:
+    """UsageError ``restart-while-running`` where another process launches workers of this job, or will."""
+    claims = Claims(inputs.workspace.launches)
+    for holder in claims.alive():
+        if not (claims.nearby(holder) and holder["pid"] == os.getpid()):
+            raise UsageError(
+                "restart-while-running",
+                f"process {holder.get('pid')} on {holder.get('host')} runs this job",
+                where=claims.folder,
+                way_out="dsqjob cancel JOB first, or wait for it",
+            )
 
 
 @dataclass(frozen=True)
@@ -185,7 +200,8 @@ def _launch_pool(inputs: Inputs, stage: Stage, command: Command, stop: StopReque
     commands = [command.worker(stage.name, index, count, run) for index in range(count)]
     logs = [inputs.workspace.logs / f"{stage.name}-{index}.log" for index in range(count)]
     run_workers = import_module(LAUNCHERS["local"]).run_workers
-    code, said = run_workers(commands, logs, max_faults=launcher.max_faults, stop=stop, watch=watch)
+    again = _teller(inputs, stage)
+    code, said = run_workers(commands, logs, max_faults=launcher.max_faults, stop=stop, watch=watch, again=again)
     if code:
         raise WorkersFailed(code, said, inputs.workspace.logs)
 
@@ -207,6 +223,18 @@ def _launch_gang(
         max_faults=launcher.max_faults,
         stop=stop,
         watch=watch,
+        again=_teller(inputs, stage),
     )
     if code:
         raise WorkersFailed(code, said, inputs.workspace.logs)
+
+
+def _teller(inputs: Inputs, stage: Stage) -> Callable[[str], None]:
+    """Tells people, and the event log, that workers are started again."""
+    log = EventLog(inputs.workspace.events, worker="launcher", host=whoami()["host"])
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        log.write("again", stage=stage.name, what=line)
+
+    return tell

@@ -166,10 +166,15 @@ def _reap(pid: int, seconds: float, codes: dict[int, int]) -> int | None:
 
 
 def _fork(what: dict[str, Any], said: str, wire: socket.socket) -> int:
+    begun, begin = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(begin)
+        os.read(begun, 1)  # until it is a session of its own and its output goes to its file
+        os.close(begun)
         return pid
     wire.close()
+    os.close(begun)
     os.setsid()
     os.chdir(what["cwd"])
     os.environ.update(what["environment"])
@@ -177,6 +182,7 @@ def _fork(what: dict[str, Any], said: str, wire: socket.socket) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (out, 1), (out, 2)):
         os.dup2(source, target)
+    os.close(begin)
     code = 70
     try:
         _run(what)

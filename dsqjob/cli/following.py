@@ -24,7 +24,7 @@ from dsqjob.stages import GANGS, STAGES
 
 _TAIL = 40
 _LOOK = 0.5
-_GOES_ON = ("waiting", "running")
+_GOES_ON = ("waiting", "starting", "running")
 _NEVER = "DependencyNeverSatisfied"
 
 

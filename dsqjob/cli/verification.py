@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsqjob.cli.view import Progress
+from dsqjob.cli.view import Progress, launching
 from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.stage import StageState
 from dsqjob.errors import DataError
@@ -27,10 +27,10 @@ _CHUNK = 32 << 20
 def verify_job(job: Job, name: str, sets: tuple[str, ...], server: str | None, tensor_parallel: int | None) -> None:
     """Read everything again and print the report's page; DataError ``verification-failed``."""
     inputs = Inputs(job)
-    restart(inputs, ("verify",))
     stop = StopRequest()
     try:
-        with stop.listening(), Progress("verify", inputs) as progress:
+        with stop.listening(), launching(inputs.workspace), Progress("verify", inputs) as progress:
+            restart(inputs, ("verify",))
             run_stage(inputs, "verify", Command(name, sets), stop=stop, watch=progress)
     except WorkersFailed as error:
         if error.exit_code != DataError.exit_code:

@@ -73,7 +73,7 @@ def run_pipeline(
     names = selected(inputs, stage, through)
     build(names[0], inputs)  # what it refuses comes before anything is written
     stop = StopRequest(grace=_GRACE)
-    with stop.listening(), _launching(inputs.workspace):
+    with stop.listening(), launching(inputs.workspace):
         for path in restart(inputs, names) if restart_first else ():
             click.echo(f"removed {path}")
         for one in names:
@@ -85,7 +85,7 @@ def run_pipeline(
 
 
 @contextmanager
-def _launching(workspace: Workspace) -> Iterator[None]:
+def launching(workspace: Workspace) -> Iterator[None]:
     """A claim of this process, by which ``cancel`` finds it before its workers hold any, and ``logs`` sees it live."""
     workspace.prepare()
     claims = Claims(workspace.launches)

@@ -168,10 +168,13 @@ class Claims:
         if self.nearby(holder):
             return bool(_started(int(holder["pid"])) != holder["started"])
         try:
-            age = self._now() - path.stat().st_mtime
+            return self.age(path) > self.stale_after
         except FileNotFoundError:
             return True
-        return age > self.stale_after
+
+    def age(self, path: Path) -> float:
+        """Seconds since a file beside the claims was last touched, by the file server's clock."""
+        return self._now() - path.stat().st_mtime
 
     def _now(self) -> float:
         """The file server's clock."""

@@ -70,6 +70,8 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
             case "gang":
                 attempts.add(event.get("attempt"))  # every node says so
                 seen.state, seen.error, seen.attempts = "running", "", len(attempts)
+            case "again":
+                seen.state, seen.error = "starting", event["what"]
             case "phase":
                 seen.phase = event["phase"]
             case "unit" | "progress":
@@ -86,10 +88,10 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
                 seen.state, seen.error = "done", ""
     seen.units_done = len(done)
     seen.bytes_done = sum(event.get("bytes", 0) for event in done.values())
-    if seen.state == "running":
-        seen.workers = sorted(name for name, event in last_of.items() if _at_work(event, now))
-        if not seen.workers:
-            seen.state = "quiet"
+    if seen.state in ("starting", "running"):
+        at_work = {name: event["event"] for name, event in last_of.items() if _at_work(event, now)}
+        seen.workers = sorted(name for name, last in at_work.items() if last != "again")
+        seen.state = seen.state if at_work else "quiet"
         seen.bytes_done += sum(moving.values())
         _set_rate(seen, list(done.values()), now)
     return seen

@@ -287,7 +287,20 @@ class StageState:
                 if path.name.rpartition(PARTIAL)[2] not in live:
                     path.unlink(missing_ok=True)
                     swept.append(path)
-        return swept + claims.sweep()
+        return swept + self._sweep_attempts(claims) + claims.sweep()
+
+    def _sweep_attempts(self, claims: Claims) -> list[Path]:
+        """Remove what the nodes of a gang told each other, where none of them has touched it for long."""
+        folder, swept = self.workspace.attempts(self.stage.name), []
+        for attempt in sorted(folder.iterdir()) if folder.is_dir() else []:
+            words = sorted(attempt.glob("node*.json"))
+            with suppress(OSError):  # somebody else sweeps, too
+                if min(map(claims.age, [attempt, *words])) > claims.stale_after:
+                    for path in words:
+                        path.unlink(missing_ok=True)
+                    attempt.rmdir()
+                    swept.append(attempt)
+        return swept
 
     def restart(self) -> list[Path]:
         """Forget the stage: remove the files that its records name, then its state. Nothing else is touched."""

@@ -43,9 +43,13 @@ class Workspace:
         """What the ranks of a gang keep to resume from."""
         return self.stage(name) / "ranks"
 
+    def attempts(self, name: str) -> Path:
+        """A folder for each attempt of a gang."""
+        return self.stage(name) / "gang"
+
     def gang(self, name: str, attempt: str) -> Path:
         """Where the nodes of one attempt tell each other how it ended."""
-        return self.stage(name) / "gang" / attempt
+        return self.attempts(name) / attempt
 
     @property
     def launches(self) -> Path:

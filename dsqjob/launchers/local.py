@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,29 +59,34 @@ def run_workers(
     max_faults: int,
     stop: StopRequest,
     watch: Callable[[], None],
+    again: Callable[[str], None],
 ) -> tuple[int, str]:
     """Run one process a command until all are done; (exit code, what the worker that decided it said).
 
     A worker that dies without a code of ours, or with 69, is started again, ``max_faults`` times in all. Any other
-    code but 0 stops the rest. Every new start is told on standard error. A signal to this process is passed on; 10 s
-    later what is left is killed.
+    code but 0 stops the rest. ``again`` hears of every new start, in a line. A signal to this process is passed on;
+    10 s later what is left is killed.
     """
     workers = [WorkerProcess(argv, log) for argv, log in zip(commands, log_names, strict=True)]
     try:
-        return _wait(workers, max_faults, stop, watch)
+        return _wait(workers, max_faults, stop, watch, again)
     finally:
         _stop_all(workers, signal.SIGKILL, 0)
 
 
 def _wait(
-    workers: list[WorkerProcess], max_faults: int, stop: StopRequest, watch: Callable[[], None]
+    workers: list[WorkerProcess],
+    max_faults: int,
+    stop: StopRequest,
+    watch: Callable[[], None],
+    again: Callable[[str], None],
 ) -> tuple[int, str]:
     running, codes, faults = list(workers), {0: ""}, 0
     for ended in _ticks(running, stop, watch, _KILL_AFTER):
         for worker, code, said in ended:
             if code == PeerError.exit_code and faults < max_faults:
                 faults += 1
-                _say_again(said, faults, max_faults)
+                again(_again(said, faults, max_faults))
                 worker.start()
                 running.append(worker)
             elif code:
@@ -101,11 +105,12 @@ def run_gang(
     max_faults: int,
     stop: StopRequest,
     watch: Callable[[], None],
+    again: Callable[[str], None],
 ) -> tuple[int, str]:
     """Run the supervisors of a gang, all on this machine, each with GPUs of its own; (exit code, what was said).
 
     ``commands(rendezvous, attempt)`` gives one command a node. A gang that ends with 69 is started again as a whole,
-    ``max_faults`` times, which is told on standard error. Supervisors end each other. One that outlives the first is
+    ``max_faults`` times; ``again`` hears of it, in a line. Supervisors end each other. One that outlives the first is
     killed: soon where that ended by itself and so told it, after ``patience`` and a little more where it was killed.
     """
     for fault in range(max_faults + 1):
@@ -119,7 +124,7 @@ def run_gang(
             _stop_all(supervisors, signal.SIGKILL, 0)
         if code != PeerError.exit_code or stop.signal is not None or fault == max_faults:
             break
-        _say_again(said, fault + 1, max_faults)
+        again(_again(said, fault + 1, max_faults))
     return code, said
 
 
@@ -187,10 +192,10 @@ def _understood(worker: WorkerProcess, code: int) -> tuple[int, str]:
     return PeerError.exit_code, f"worker {worker.process.pid} {how} (log: {worker.log})\n{worker.said()}".strip()
 
 
-def _say_again(said: str, number: int, of: int) -> None:
-    """One line for people: what a fault was, and that work starts again."""
+def _again(said: str, number: int, of: int) -> str:
+    """What a fault was, and that work starts again."""
     first = said.partition("\n")[0] or EXIT_CODES[PeerError.exit_code]
-    print(f"{first}; starting again ({number} of {of})", file=sys.stderr, flush=True)
+    return f"{first}; starting again ({number} of {of})"
 
 
 def _stop_all(workers: Sequence[WorkerProcess], number: int, wait: float) -> None:

@@ -49,7 +49,11 @@ def test_a_gang_that_is_started_again_after_a_fault_runs() -> None:
     errors = [event(5, "error", id="rank-died", what="w", code=69, worker=f"export-node{node}") for node in (0, 1)]
     begun = [BEGIN, event(1, "gang", attempt="r-0", node=0), *errors]
     assert observe(begun, 6)["export"].state == "failed"
-    again = observe([*begun, event(7, "gang", attempt="r-1", node=1)], 8)["export"]
+    told = [*begun, event(6, "again", what="[rank-died] w; starting again (1 of 3)", worker="launcher")]
+    pause = observe(told, 6.5)["export"]
+    assert (pause.state, pause.error) == ("starting", "[rank-died] w; starting again (1 of 3)")
+    assert observe(told, 500)["export"].state == "quiet"
+    again = observe([*told, event(7, "gang", attempt="r-1", node=1)], 8)["export"]
     assert (again.state, again.error, again.attempts) == ("running", "", 2)
 
 

@@ -37,7 +37,13 @@ FIGURES = local._TOLD_KILL_AFTER, local._GANG_KILL_AFTER
 
 
 def run(
-    folder: Path, plan: str, *, max_faults: int = 3, patience: float = 0.5, stop: StopRequest | None = None
+    folder: Path,
+    plan: str,
+    *,
+    max_faults: int = 3,
+    patience: float = 0.5,
+    stop: StopRequest | None = None,
+    again: list[str] | None = None,
 ) -> tuple[int, str]:
     """``plan``: of each attempt the codes of all nodes, as ``69/69,0/0``."""
     nodes = range(plan.partition(",")[0].count("/") + 1)
@@ -47,9 +53,10 @@ def run(
         return [[sys.executable, "-c", SUPERVISOR, str(node), attempt, str(folder), plan] for node in nodes]
 
     seen: list[tuple[str, str]] = []
+    said = [] if again is None else again
     found = local.run_gang(
         commands, [folder / f"log-{node}" for node in nodes], run="r", gpus_per_node=2, patience=patience,
-        max_faults=max_faults, stop=stop or StopRequest(), watch=lambda: None,
+        max_faults=max_faults, stop=stop or StopRequest(), watch=lambda: None, again=said.append,
     )  # fmt: skip
     assert [attempt for _, attempt in seen] == [f"r-{number}" for number in range(len(seen))]
     assert len({rendezvous for rendezvous, _ in seen}) == len(seen)
@@ -104,23 +111,25 @@ def test_the_whole_gang_is_gone_within_a_minute_whoever_ends_first() -> None:
     assert longest + told < 60 and limits.silence + killed < 60
 
 
-def test_the_terminal_is_told_of_every_new_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, "69/69,killed/0,69/69", max_faults=2)
-    first, second = capfd.readouterr().err.splitlines()
+def test_every_new_start_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    run(tmp_path, "69/69,killed/0,69/69", max_faults=2, again=said)
+    first, second = said
     assert first in {f"said by {node} r-0; starting again (1 of 2)" for node in (0, 1)}
     assert "was killed by SIGKILL (log: " in second and second.endswith("; starting again (2 of 2)")
 
 
-def test_the_terminal_is_told_of_pooled_workers_that_start_again(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_every_new_start_of_a_pooled_worker_is_told(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys; seen = pathlib.Path(sys.argv[1]); again = seen.exists(); seen.touch(); "
         "print('[x] why'); print('more'); sys.exit(0 if again else 69)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "seen")]
-    code, _ = local.run_workers([command], [tmp_path / "log"], max_faults=3, stop=StopRequest(), watch=lambda: None)
-    assert (code, capfd.readouterr().err) == (0, "[x] why; starting again (1 of 3)\n")
+    said: list[str] = []
+    code, _ = local.run_workers(
+        [command], [tmp_path / "log"], max_faults=3, stop=StopRequest(), watch=lambda: None, again=said.append
+    )
+    assert (code, said) == (0, ["[x] why; starting again (1 of 3)"])
 
 
 def test_a_signal_is_passed_on(tmp_path: Path) -> None:

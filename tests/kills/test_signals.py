@@ -13,7 +13,7 @@ import pytest
 
 from dsqjob.miniature import write
 from tests.faults.processes import kill_all, of_job
-from tests.harness import command, digests, dsqjob, error_id, worker, write_job
+from tests.harness import command, digests, dsqjob, error_id, events, worker, write_job
 from tests.waiting import wait_until
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
@@ -132,6 +132,9 @@ def test_a_worker_that_is_killed_is_a_peers_fault(tmp_path: Path, miniature: Pat
     _, said = run.communicate(timeout=60)
     assert run.returncode == code, said
     assert code == 0 or ("SIGKILL" in said and str(pid) in said)
+    told = [one["what"] for one in events(tmp_path / "work") if one["event"] == "again"]
+    assert told == [line for line in said.splitlines() if line.endswith("; starting again (1 of 1)")]
+    assert len(told) == faults
 
 
 CHILD = """
