@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from dsqjob.cli.view import Progress, launching
-from dsqjob.engine.execute import StopRequest
 from dsqjob.engine.stage import StageState
 from dsqjob.errors import DataError
 from dsqjob.job.schema import Job
@@ -27,9 +26,8 @@ _CHUNK = 32 << 20
 def verify_job(job: Job, name: str, sets: tuple[str, ...], server: str | None, tensor_parallel: int | None) -> None:
     """Read everything again and print the report's page; DataError ``verification-failed``."""
     inputs = Inputs(job)
-    stop = StopRequest()
     try:
-        with stop.listening(), launching(inputs.workspace), Progress("verify", inputs) as progress:
+        with launching(inputs.workspace) as stop, Progress("verify", inputs) as progress:
             restart(inputs, ("verify",))
             run_stage(inputs, "verify", Command(name, sets), stop=stop, watch=progress)
     except WorkersFailed as error:

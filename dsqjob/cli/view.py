@@ -72,8 +72,7 @@ def run_pipeline(
     inputs = Inputs(job)
     names = selected(inputs, stage, through)
     build(names[0], inputs)  # what it refuses comes before anything is written
-    stop = StopRequest(grace=_GRACE)
-    with stop.listening(), launching(inputs.workspace):
+    with launching(inputs.workspace) as stop:
         for path in restart(inputs, names) if restart_first else ():
             click.echo(f"removed {path}")
         for one in names:
@@ -85,15 +84,17 @@ def run_pipeline(
 
 
 @contextmanager
-def launching(workspace: Workspace) -> Iterator[None]:
-    """A claim of this process, by which ``cancel`` finds it before its workers hold any, and ``logs`` sees it live."""
+def launching(workspace: Workspace) -> Iterator[StopRequest]:
+    """Hears signals for the workers that are started within, and holds a claim, by which ``cancel`` finds this process
+    before its workers hold any, and ``logs`` sees it live."""
     workspace.prepare()
     claims = Claims(workspace.launches)
     claims.sweep()
     while (taken := claims.take(f"run-{os.getpid()}-{unique_token()}")) is None:
         pass
-    with claims.keeping(taken[0]):
-        yield
+    stop = StopRequest(grace=_GRACE)
+    with stop.listening(), claims.keeping(taken[0]):
+        yield stop
 
 
 def _report(result: StageResult, seconds: float) -> None:

@@ -46,9 +46,9 @@ def slow(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def running(*words: object, slow: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def running(*words: object, slow: dict[str, str], verb: str = "run") -> Iterator[subprocess.Popen[str]]:
     """A run that is held; its workers die with it."""
-    with subprocess.Popen(command("run", *words), env=slow, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(command(verb, *words), env=slow, stderr=subprocess.PIPE, text=True) as run:
         try:
             yield run
         finally:
@@ -76,6 +76,36 @@ def test_cancel_finds_a_run_whose_workers_hold_nothing_yet(
     assert dsqjob("cancel", job).stdout == "nothing is waiting or running\n"
     (tmp_path / "hold").unlink()
     assert "export: 6 units" in dsqjob("run", job, "--stage", "export").stdout
+
+
+def test_cancel_finds_a_verification_whose_workers_hold_nothing_yet(
+    tmp_path: Path, miniature: Path, slow: dict[str, str]
+) -> None:
+    job = write_job(tmp_path, miniature)
+    dsqjob("run", job, "--stage", "export", "--through", "finalize")
+    with running(job, verb="verify", slow=slow) as verify:
+        wait_until(lambda: list((tmp_path / "work" / "logs").glob("verify-*.log")))
+        assert f"run: process {verify.pid} is asked to stop" in dsqjob("cancel", job).stdout
+        _, words = verify.communicate(timeout=120)
+    assert verify.returncode == 75 and "stopped by SIGTERM" in words
+    assert not launches(tmp_path / "work")
+
+
+def test_a_restart_waits_for_a_run_whose_workers_hold_nothing_yet(
+    tmp_path: Path, miniature: Path, slow: dict[str, str]
+) -> None:
+    job = write_job(tmp_path, miniature)
+    dsqjob("run", job, "--stage", "export")
+    with running(job, "--stage", "finalize", slow=slow) as run:
+        wait_until(lambda: list((tmp_path / "work" / "logs").glob("finalize-*.log")))
+        before = sorted((tmp_path / "out").iterdir())
+        said = dsqjob("run", job, "--stage", "export", "--restart", code=64).stderr
+        assert "[restart-while-running]" in said and f"process {run.pid} on" in said and "cancel" in said
+        assert sorted((tmp_path / "out").iterdir()) == before
+        assert "stop" in dsqjob("cancel", job).stdout
+        run.communicate(timeout=120)
+    (tmp_path / "hold").unlink()
+    dsqjob("run", job, "--stage", "export", "--restart")
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path: Path, miniature: Path, slow: dict[str, str]) -> None:

@@ -104,6 +104,23 @@ def test_a_sweep_spares_what_another_stage_is_writing(tmp_path: Path) -> None:
     assert [path.name for path in state.sweep_all()] == ["config.json.partial-dead"]
 
 
+def test_a_sweep_removes_what_gangs_told_each_other_and_spares_one_that_lives(tmp_path: Path) -> None:
+    toy = work(tmp_path, Toy(tmp_path))
+    folders = {name: toy.workspace.gang("toy", name) for name in ("ended", "lives", "strange")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        for node in (0, 1):
+            (folder / f"node{node}.json").touch()
+        for path in [*folder.iterdir(), folder]:
+            os.utime(path, (1e9, 1e9))
+        if name == "lives":
+            (folder / "node1.json").touch()
+    (folders["strange"] / "mine.txt").touch()
+    assert folders["ended"] in toy.sweep_all()
+    assert not folders["ended"].exists() and len(list(folders["lives"].iterdir())) == 2
+    assert (folders["strange"] / "mine.txt").exists()
+
+
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "theirs").write_text("x")
