@@ -119,7 +119,7 @@ def _refuse_launched(inputs: Inputs) -> None:
     """UsageError ``restart-while-running`` where another process launches workers of this job, or will."""
     claims = Claims(inputs.workspace.launches)
     for holder in claims.alive():
-        if not (claims.nearby(holder) and holder["pid"] == os.getpid()):
+        if holder and not (claims.nearby(holder) and holder["pid"] == os.getpid()):
             raise UsageError(
                 "restart-while-running",
                 f"process {holder.get('pid')} on {holder.get('host')} runs this job",
@@ -231,10 +231,10 @@ def _launch_gang(
 
 def _teller(inputs: Inputs, stage: Stage) -> Callable[[str], None]:
     """Tells people, and the event log, that workers are started again."""
-    log = EventLog(inputs.workspace.events, worker="launcher", host=whoami()["host"])
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+        log = EventLog(inputs.workspace.events, worker="launcher", host=whoami()["host"])
         log.write("again", stage=stage.name, what=line)
 
     return tell

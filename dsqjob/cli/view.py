@@ -87,14 +87,15 @@ def run_pipeline(
 def launching(workspace: Workspace) -> Iterator[StopRequest]:
     """Hears signals for the workers that are started within, and holds a claim, by which ``cancel`` finds this process
     before its workers hold any, and ``logs`` sees it live."""
-    workspace.prepare()
-    claims = Claims(workspace.launches)
-    claims.sweep()
-    while (taken := claims.take(f"run-{os.getpid()}-{unique_token()}")) is None:
-        pass
     stop = StopRequest(grace=_GRACE)
-    with stop.listening(), claims.keeping(taken[0]):
-        yield stop
+    with stop.listening():
+        workspace.prepare()
+        claims = Claims(workspace.launches)
+        claims.sweep()
+        while (taken := claims.take(f"run-{os.getpid()}-{unique_token()}")) is None:
+            pass
+        with claims.keeping(taken[0]):
+            yield stop
 
 
 def _report(result: StageResult, seconds: float) -> None:

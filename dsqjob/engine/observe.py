@@ -70,7 +70,7 @@ def _observe_stage(stage: str, events: list[dict[str, Any]], now: float) -> Stag
             case "gang":
                 attempts.add(event.get("attempt"))  # every node says so
                 seen.state, seen.error, seen.attempts = "running", "", len(attempts)
-            case "again":
+            case "again" if seen.state != "done":
                 seen.state, seen.error = "starting", event["what"]
             case "phase":
                 seen.phase = event["phase"]

@@ -293,7 +293,7 @@ class StageState:
         """Remove what the nodes of a gang told each other, where none of them has touched it for long."""
         folder, swept = self.workspace.attempts(self.stage.name), []
         for attempt in sorted(folder.iterdir()) if folder.is_dir() else []:
-            words = sorted(attempt.glob("node*.json"))
+            words = sorted([*attempt.glob("node*.json"), *attempt.glob(".probe-*")])
             with suppress(OSError):  # somebody else sweeps, too
                 if min(map(claims.age, [attempt, *words])) > claims.stale_after:
                     for path in words:

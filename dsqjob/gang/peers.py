@@ -51,7 +51,7 @@ class Peers:
         self._seen: dict[int, _Seen] = {}
         self._gang: dict[int, str] = {}
         self._replaced: set[int] = set()
-        self._twice = ""
+        self._twice: str | None = None
         self._wake, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._live, name="peers", daemon=True)
         self.reports: dict[int, Report] = {}
@@ -60,17 +60,16 @@ class Peers:
         """A signal that another supervisor was sent, and where."""
 
     def open(self, given_up: Callable[[], object]) -> None:
-        """Arrive, unless ``given_up``. OSError where the folder cannot be written; UsageError ``node-twice``."""
+        """Arrive, unless ``given_up`` while an old file must be watched.
+
+        OSError where the folder cannot be written; UsageError ``node-twice``.
+        """
         if self._others:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._wait_for_dead(given_up)
-            if (twice := self.twice) is not None:
-                raise twice
-            if given_up():
-                return
-            self._look(first=True)
-            self._tell()
-            self._thread.start()
+            if self._sit_down(given_up):
+                self._look(first=True)
+                self._tell()
+                self._thread.start()
 
     def form(self) -> None:
         """From now on, these nodes as they are make the gang: one that is started anew is another's."""
@@ -113,7 +112,7 @@ class Peers:
     @property
     def told(self) -> bool:
         """Whether the others can read this node's last word, or will never hear of it."""
-        return self._thread.ident is None or bool(self._twice) or self._told[0] is self._said
+        return self._twice is not None or self._told[0] is self._said
 
     @property
     def arrived(self) -> bool:
@@ -123,11 +122,12 @@ class Peers:
     @property
     def twice(self) -> UsageError | None:
         """Why this process is not this node: another one is."""
-        if not self._twice:
-            return None
+        return self._refusal(self._twice) if self._twice is not None else None
+
+    def _refusal(self, host: str) -> UsageError:
         return UsageError(
             "node-twice",
-            f"node {self._node.index} of attempt {self._node.attempt} is at work already, on {self._twice}",
+            f"node {self._node.index} of attempt {self._node.attempt} is at work already, on {host}",
             where="--node, --attempt",
             way_out="give each node its own number; or stop that one, and start all nodes with a new attempt",
         )
@@ -158,29 +158,27 @@ class Peers:
             self._wake.wait(self._poll)
             self._wake.clear()
 
-    def _wait_for_dead(self, given_up: Callable[[], object]) -> None:
-        """Until a file of this node has lain still for so long that nobody touches it."""
-        found = self._own()
-        deadline = time.monotonic() + 2.5 * self._touch
-        while found is not None and found[1]["report"] is None and time.monotonic() < deadline and not given_up():
+    def _sit_down(self, given_up: Callable[[], object]) -> bool:
+        """Make this node's file. One that lies there must not change for as long as makes a node count as dead."""
+        with suppress(FileExistsError):
+            os.close(os.open(self._path(self._node.index), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            return True
+        stamp, _ = _read(self._path(self._node.index))
+        deadline = time.monotonic() + self._silence + self._touch
+        while time.monotonic() < deadline:
+            if given_up():
+                return False
+            os.utime(self._folder)  # so that nobody sweeps it
             time.sleep(self._poll / 4)
-            now = self._own()
-            if now is not None and now[0] != found[0]:
-                self._twice = now[1]["host"]
-                return
-
-    def _own(self) -> tuple[tuple[int, int], dict[str, Any]] | None:
-        """This node's file, whoever wrote it: its stamp and its word."""
-        with suppress(FileNotFoundError):
-            stamp, word = _read(self._path(self._node.index))
-            if word is not None:
-                return stamp, word
-        return None
+            now, word = _read(self._path(self._node.index))
+            if now != stamp:
+                raise self._refusal(word["host"] if word is not None else "another host")
+        return True
 
     def _tell(self) -> None:
-        if self._told[1] and (own := self._own()) is not None and own[1]["token"] != self._token:
-            self._twice = own[1]["host"]
-        if self._twice:
+        if self._told[1]:
+            self._look_at_own()
+        if self._twice is not None:
             return
         said = self._said
         seen = self._gang or self._tokens()
@@ -198,6 +196,18 @@ class Peers:
         elif time.monotonic() - self._touched > self._touch:
             os.utime(self._path(self._node.index))
             self._touched = time.monotonic()
+
+    def _look_at_own(self) -> None:
+        """Another process may have begun after a killed one in the same instant; or a sweep took the file of a node
+        that stood still for long."""
+        try:
+            _, word = _read(self._path(self._node.index))
+        except FileNotFoundError:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._told = ({}, "")
+            return
+        if word is not None and word["token"] != self._token:
+            self._twice = word["host"]
 
     def _tokens(self) -> dict[int, str]:
         return {index: str(one.word["token"]) for index, one in list(self._seen.items()) if one.lives}

@@ -86,7 +86,7 @@ def _wait(
         for worker, code, said in ended:
             if code == PeerError.exit_code and faults < max_faults:
                 faults += 1
-                again(_again(said, faults, max_faults))
+                again(_new_start(said, faults, max_faults))
                 worker.start()
                 running.append(worker)
             elif code:
@@ -124,7 +124,7 @@ def run_gang(
             _stop_all(supervisors, signal.SIGKILL, 0)
         if code != PeerError.exit_code or stop.signal is not None or fault == max_faults:
             break
-        again(_again(said, fault + 1, max_faults))
+        again(_new_start(said, fault + 1, max_faults))
     return code, said
 
 
@@ -192,7 +192,7 @@ def _understood(worker: WorkerProcess, code: int) -> tuple[int, str]:
     return PeerError.exit_code, f"worker {worker.process.pid} {how} (log: {worker.log})\n{worker.said()}".strip()
 
 
-def _again(said: str, number: int, of: int) -> str:
+def _new_start(said: str, number: int, of: int) -> str:
     """What a fault was, and that work starts again."""
     first = said.partition("\n")[0] or EXIT_CODES[PeerError.exit_code]
     return f"{first}; starting again ({number} of {of})"

@@ -63,6 +63,8 @@ def test_a_fault_after_the_end_leaves_a_stage_done() -> None:
     for code, state in ((69, "done"), (75, "done"), (65, "failed")):
         seen = observe([*done, event(2, "error", id="i", what="w", code=code)], 3)["export"]
         assert (seen.state, bool(seen.error)) == (state, state == "failed")
+    late = [event(2, "error", id="i", what="w", code=69), event(3, "again", what="w; starting again (1 of 3)")]
+    assert observe([*done, *late], 4)["export"].state == "done"
     again = [event(2, "gang", attempt="b"), event(3, "error", id="i", what="w", code=69)]
     assert observe([*done, *again], 4)["export"].state == "failed"
 

@@ -158,6 +158,7 @@ class Batch:
         """Run srun to its end; its code, the cause of a signal, and what it and its tasks said."""
         while (ended := self._srun(argv)) is None:
             self._say("Slurm has not made the step: srun is started once more")
+            self._end_steps()  # one that was made just now
         return ended
 
     def _srun(self, argv: Sequence[str]) -> tuple[int, Cause, str] | None:
