@@ -26,10 +26,9 @@ _CHUNK = 32 << 20
 def verify_job(job: Job, name: str, sets: tuple[str, ...], server: str | None, tensor_parallel: int | None) -> None:
     """Read everything again and print the report's page; DataError ``verification-failed``."""
     inputs = Inputs(job)
-    Verify(inputs).check()  # before anything is written
+    restart(inputs, ("verify",))
     try:
         with launching(inputs.workspace) as stop, Progress("verify", inputs) as progress:
-            restart(inputs, ("verify",))
             run_stage(inputs, "verify", Command(name, sets), stop=stop, watch=progress)
     except WorkersFailed as error:
         if error.exit_code != DataError.exit_code:

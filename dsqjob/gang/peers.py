@@ -43,6 +43,7 @@ class Peers:
     def __init__(self, folder: Path, node: Node, host: str, limits: Limits) -> None:
         self._folder, self._node, self._silence = folder, node, limits.silence
         self._poll, self._touch = min(1.0, limits.silence / 10), min(3.0, limits.silence / 10)
+        self._mine = self._path(node.index)
         self._others = [index for index in range(node.nodes) if index != node.index]
         self._token, self._host = unique_token(), host
         self._said: dict[str, Any] = {"asked": "", "report": None}
@@ -143,7 +144,7 @@ class Peers:
         """Stop telling and looking, unless the file system holds the thread."""
         self._closed = True
         self._wake.set()
-        if self._thread.ident is not None:
+        if self.arrived:
             self._thread.join(self._poll + 1)
 
     def _path(self, index: int) -> Path:
@@ -161,16 +162,16 @@ class Peers:
     def _sit_down(self, given_up: Callable[[], object]) -> bool:
         """Make this node's file. One that lies there must not change for as long as makes a node count as dead."""
         with suppress(FileExistsError):
-            os.close(os.open(self._path(self._node.index), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.close(os.open(self._mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             return True
-        stamp, _ = _read(self._path(self._node.index))
+        stamp, _ = _read(self._mine)
         deadline = time.monotonic() + self._silence + self._touch
         while time.monotonic() < deadline:
             if given_up():
                 return False
             os.utime(self._folder)  # so that nobody sweeps it
             time.sleep(self._poll / 4)
-            now, word = _read(self._path(self._node.index))
+            now, word = _read(self._mine)
             if now != stamp:
                 raise self._refusal(word["host"] if word is not None else "another host")
         return True
@@ -185,7 +186,7 @@ class Peers:
         text = json.dumps({"token": self._token, "host": self._host, "seen": seen, **said})
         if text != self._told[1]:
             data = text.encode().ljust(_LENGTH)
-            fd = os.open(self._path(self._node.index), os.O_WRONLY | os.O_CREAT, 0o666)
+            fd = os.open(self._mine, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.pwrite(fd, data, 0)
                 os.ftruncate(fd, len(data))
@@ -194,14 +195,14 @@ class Peers:
                 os.close(fd)
             self._told, self._touched = (said, text), time.monotonic()
         elif time.monotonic() - self._touched > self._touch:
-            os.utime(self._path(self._node.index))
+            os.utime(self._mine)
             self._touched = time.monotonic()
 
     def _look_at_own(self) -> None:
         """Another process may have begun after a killed one in the same instant; or a sweep took the file of a node
         that stood still for long."""
         try:
-            _, word = _read(self._path(self._node.index))
+            _, word = _read(self._mine)
         except FileNotFoundError:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._told = ({}, "")

@@ -133,10 +133,9 @@ class Cluster:
 
         def reached() -> bool:
             seen.update(self.job(job))
-            time.sleep(0.1)
             return seen["JobState"] in states
 
-        wait_until(reached, what=lambda: f"job {job} is not {'/'.join(sorted(states))}, but {seen}")
+        wait_until(reached, pause=0.1, what=lambda: f"job {job} is not {'/'.join(sorted(states))}, but {seen}")
         return seen
 
     def wait_node(self, name: str, states: Collection[str]) -> None:

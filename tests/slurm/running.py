@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 from tests.harness import dsqjob, write_job
 from tests.slurm.cluster import Cluster
+from tests.waiting import wait_until
 
 
 class Login:
@@ -43,14 +43,15 @@ class Login:
 
         The wait of a requeued job is not lifted (see Cluster.wait).
         """
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            tasks = self.tasks(job)
-            found = [task["JobState"] for task in tasks]
-            if all(s in states if states else s not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED") for s in found):
-                return found
-            time.sleep(0.3)
-        raise TimeoutError(f"job {job} is {found} after {seconds:g} s\n{self.said(job)}")
+        found: list[str] = []
+
+        def reached() -> bool:
+            found[:] = [task["JobState"] for task in self.tasks(job)]
+            busy = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+            return all(state in states if states else state not in busy for state in found)
+
+        wait_until(reached, seconds, lambda: f"job {job} is {found}\n{self.said(job)}", pause=0.3)
+        return found
 
     def said(self, job: str) -> str:
         """What a job wrote."""
